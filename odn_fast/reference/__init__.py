@@ -1,0 +1,1 @@
+"""One plain PyTorch function per op: the law every kernel is tested against."""
