@@ -1,0 +1,69 @@
+"""Data sets: readers of official files, image folders and arrays, and the batches made of them.
+
+``load("mnist", "data")`` -> :class:`DataSet`; ``Batches(data.train, data.normalisation, 128, seed=0)``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .arrays import from_arrays, load_npz
+from .batches import Batches, evaluation_batches
+from .cifar import EDITIONS, load_cifar
+from .dataset import DataSet, Normalisation, Split
+from .digits import load_digits
+from .errors import DataError
+from .idx import FAMILIES, load_idx
+from .image import read_image
+from .image_folder import load_image_folder
+from .svhn import load_svhn
+
+NAMES = ("mnist", "fashion-mnist", "emnist-letters", "cifar10", "cifar100", "svhn", "digits", "imagefolder:PATH", "npz:FILE")
+
+__all__ = [
+    "Batches", "DataError", "DataSet", "NAMES", "Normalisation", "Split",
+    "evaluation_batches", "from_arrays", "load", "read_image",
+]
+
+
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    val_fraction: float | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    download: bool = True,
+) -> DataSet:
+    """The data set called ``name``, one of :data:`NAMES`.
+
+    ``data_dir`` (default ``./data``): where official files lie, in torchvision's layout; what is missing is
+    downloaded there unless ``download`` is off. ``image_size`` (pixels) belongs to image folders,
+    ``val_fraction`` and ``test_fraction`` to image folders and ``npz`` files without those splits; ``seed``
+    decides who is held out (digits, image folders, ``npz``), official splits are fixed.
+    Raises :class:`DataError` on an unknown name, an option that makes no sense for the set, or files that
+    are missing or damaged.
+    """
+    kind, colon, path = name.partition(":")
+    if kind in ("imagefolder", "npz"):
+        if not path:
+            raise DataError(f"{name} lacks a path; write {kind}:{'PATH' if kind == 'imagefolder' else 'FILE'}")
+    elif colon or kind not in NAMES:
+        raise DataError(f"no data set is called {name!r}; choose one of {', '.join(NAMES)}")
+    options = {"image_size": image_size, "val_fraction": val_fraction, "test_fraction": test_fraction}
+    allowed = {"imagefolder": tuple(options), "npz": ("val_fraction", "test_fraction")}.get(kind, ())
+    for option, value in options.items():
+        if value is not None and option not in allowed:
+            fixed = "images have one size" if option == "image_size" else "splits are fixed"
+            raise DataError(f"{option} makes no sense for {name}: its {fixed}; leave the option out")
+    directory = Path("data" if data_dir is None else data_dir).expanduser()
+    if kind == "imagefolder":
+        return load_image_folder(path, image_size, val_fraction, test_fraction, seed)
+    if kind == "npz":
+        return load_npz(path, val_fraction, test_fraction, seed)
+    if kind in FAMILIES:
+        return load_idx(kind, directory, download)
+    if kind in EDITIONS:
+        return load_cifar(kind, directory, download)
+    return load_svhn(directory, download) if kind == "svhn" else load_digits(seed)

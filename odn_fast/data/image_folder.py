@@ -1,0 +1,148 @@
+"""A folder of pictures, one sub-folder a class: ``PATH/train/ants/1.jpg`` ... or ``PATH/ants/1.jpg`` ..."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .dataset import DataSet, Split, measured_normalisation
+from .errors import DataError, reading
+from .image import SUFFIXES, read_pixels
+from .splitting import fill_missing_splits
+
+DEFAULT_SIZE = 64
+LARGEST_SIZE = 4096
+SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+MEMORY_SHARE = 0.8  # of the machine's memory, that pictures held as bytes may take
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The pictures of one split: files, and the label of each."""
+
+    files: list[Path]
+    labels: torch.Tensor
+
+    def at(self, positions: torch.Tensor) -> Listing:
+        return Listing([self.files[position] for position in positions.tolist()], self.labels[positions])
+
+
+def load_image_folder(
+    path: str, image_size: int | None, val_fraction: float | None, test_fraction: float | None, seed: int
+) -> DataSet:
+    """Pictures below ``path`` as 3 x image_size x image_size uint8 (default 64), /255 and normalised by the training split.
+
+    With ``path/train`` there, ``path/val`` and ``path/test`` are the other splits; else ``path`` itself holds
+    the classes. A split without a folder is taken from training, stratified by ``seed``: validation by
+    ``val_fraction`` (default 0.1), test by ``test_fraction`` (default: there is none). Classes are the sorted
+    names of the sub-folders, alike in every split; pictures in folders below a class belong to it; hidden
+    files are ignored, other files that are no pictures are ignored with a warning. Raises :class:`DataError`
+    naming the folder or file: no classes, an empty class, a damaged picture, classes that differ.
+    """
+    root = Path(path).expanduser()
+    size = DEFAULT_SIZE if image_size is None else image_size
+    if not 1 <= size <= LARGEST_SIZE:
+        raise DataError(f"image_size is {size}, expected 1 to {LARGEST_SIZE} pixels")
+    folders = split_folders(root)
+    class_names = sub_folders(folders["train"])
+    listings = {split: list_pictures(folder, class_names, folders["train"]) for split, folder in folders.items()}
+    listings = fill_missing_splits(listings, val_fraction, test_fraction, seed, str(root))
+    check_memory(root, sum(len(listing.files) for listing in listings.values()), size)
+    splits = {split: decode(listing, size) for split, listing in listings.items()}
+    return DataSet(
+        name=f"imagefolder:{path}", train=splits["train"], validation=splits["validation"], test=splits.get("test"),
+        class_names=class_names, normalisation=measured_normalisation(splits["train"].images), augment=False, drop_last=False,
+    )
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Split -> folder of its classes; the training split alone where ``root`` itself holds the classes."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; expected one with a sub-folder for each class")
+    found = {split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLIT_FOLDERS.items()}
+    for split, folders in found.items():
+        if len(folders) > 1:
+            raise DataError(f"{root}: both {folders[0].name} and {folders[1].name} could be the {split} split; keep one")
+    train = found["train"]
+    if not train or not visible_folders(train[0]):
+        if train and (found["validation"] or found["test"]):
+            raise DataError(f"{train[0]}: has no sub-folders; expected one for each class")
+        return {"train": root}
+    return {split: folders[0] for split, folders in found.items() if folders}
+
+
+def sub_folders(folder: Path) -> tuple[str, ...]:
+    """The sorted names of the folders in ``folder``: its classes, at least one."""
+    names = visible_folders(folder)
+    if not names:
+        raise DataError(f"{folder}: has no sub-folders; expected one for each class")
+    return names
+
+
+def visible_folders(folder: Path) -> tuple[str, ...]:
+    with reading(folder):
+        return tuple(sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")))
+
+
+def list_pictures(folder: Path, class_names: tuple[str, ...], train_folder: Path) -> Listing:
+    """Every picture of one split, class by class, sorted by path."""
+    if (found := sub_folders(folder)) != class_names:
+        differing = sorted(set(found) ^ set(class_names))[0]
+        raise DataError(f"{folder}: its classes differ from those of {train_folder} ({differing} is in one only)")
+    files, labels, others = [], [], []
+    for label, class_name in enumerate(class_names):
+        everything = files_below(folder / class_name)
+        pictures = [file for file in everything if file.suffix.lower() in SUFFIXES]
+        others += [file for file in everything if file.suffix.lower() not in SUFFIXES]
+        if not pictures:
+            raise DataError(f"{folder / class_name}: holds no pictures ({' '.join(SUFFIXES)})")
+        files += pictures
+        labels += [label] * len(pictures)
+    if others:
+        warnings.warn(f"{folder}: {len(others)} files ignored that are no pictures by their names, such as {others[0]}", stacklevel=4)
+    return Listing(files, torch.tensor(labels, dtype=torch.int64))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file in ``folder`` and the folders below it, sorted; nothing hidden, no folder twice."""
+    files, seen = [], set()
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for place, names, file_names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(place)
+        names[:] = [] if real in seen else sorted(name for name in names if not name.startswith("."))
+        if real not in seen:  # a link that leads back up would go round in circles
+            seen.add(real)
+            files += [Path(place, name) for name in file_names if not name.startswith(".")]
+    return sorted(files)
+
+
+def check_memory(root: Path, count: int, size: int) -> None:
+    """Refuse, before decoding for an hour, what cannot be held: the pictures stay in memory as bytes."""
+    needed = count * 3 * size * size
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > MEMORY_SHARE * present:
+        raise DataError(
+            f"{root}: {count} pictures of {size}x{size} need {needed / 1e9:.1f} GB and this machine has "
+            f"{present / 1e9:.1f} GB; give a smaller image_size"
+        )
+
+
+def decode(listing: Listing, size: int) -> Split:
+    """Read every picture, several at a time: Pillow decodes outside Python's lock."""
+    images = torch.empty((len(listing.files), 3, size, size), dtype=torch.uint8)
+
+    def read(position: int) -> None:
+        images[position] = torch.from_numpy(read_pixels(listing.files[position], 3, size, size)).permute(2, 0, 1)
+
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as threads:
+        for _ in threads.map(read, range(len(listing.files))):
+            pass  # the first error, in order of the files, is raised here
+    return Split(images, listing.labels)
