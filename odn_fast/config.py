@@ -1,0 +1,180 @@
+"""Configuration of a search: pydantic models, unknown keys refused, read from and written to YAML.
+
+A value left out is taken from the recipe of the data set (`RECIPES`); `resolve` fills every gap, so that a run's
+`config.yaml` says everything. Nothing in a file is evaluated.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class DataConfig(_Section):
+    dataset: str = "digits"
+    data_dir: str = "data"
+    image_size: Count | None = None
+    val_fraction: Fraction | None = None
+    test_fraction: Fraction | None = None
+    limit_train: Count | None = None
+
+
+class SearchConfig(_Section):
+    target_accuracy: Percent | None = None
+    tolerance: Annotated[float, Field(ge=0, lt=100)] = 0.5
+    initial_depth: Count = 1
+    max_depth: Count | None = None
+    epochs_cap: Count | None = None
+    epochs_per_depth: list[Count] | None = Field(default=None, min_length=1)
+    require_target: bool = False
+    baseline: Literal["none", "full"] = "none"
+
+
+class TrainingConfig(_Section):
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    lr: Positive | None = None
+    deeper_lr_scale: Positive | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    warm_up_epochs: Annotated[int, Field(ge=0)] | None = None
+    warm_up_lr: Positive | None = None
+
+
+class RunConfig(_Section):
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    threads: Count | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "cpu"
+    checkpoint_minutes: Positive = 5.0
+    malloc_tuning: bool = True
+
+
+class ExpandConfig(_Section):
+    """Everything that decides a depth search. `model` names a network; None stands for one handed over in Python."""
+
+    model: str | None = "resnet18"
+    data: DataConfig = DataConfig()
+    search: SearchConfig = SearchConfig()
+    training: TrainingConfig = TrainingConfig()
+    run: RunConfig = RunConfig()
+
+
+# Targets and learning rates of the paper's experiments and the authors' notebooks. Digits: one block solves the set
+# when trained to convergence, so its search asks for the smallest depth that gets there within eight epochs.
+_DEFAULT_RECIPE = {
+    "search.target_accuracy": 95.0,
+    "training.lr": 0.01,
+    "training.deeper_lr_scale": 0.5,
+    "training.warm_up_epochs": 3,
+    "training.warm_up_lr": 1e-3,
+}
+RECIPES = {
+    "digits": {"search.target_accuracy": 98.0, "search.epochs_cap": 8},
+    "mnist": {"search.target_accuracy": 99.5},
+    "fashion-mnist": {"search.target_accuracy": 94.5},
+    "emnist-letters": {"search.target_accuracy": 95.0},
+    "svhn": {"search.target_accuracy": 96.0, "training.lr": 0.1, "training.warm_up_lr": 0.01},
+    "cifar10": {"search.target_accuracy": 94.5, "training.warm_up_epochs": 0, "training.deeper_lr_scale": 1.0},
+}
+
+
+def from_values(values: dict[str, Any], base: dict | None = None) -> ExpandConfig:
+    """A configuration from dotted values such as {"search.target_accuracy": 97}, laid over the nested dict `base`.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range, named with what is expected.
+    """
+    nested = _copied(base or {})
+    for path, value in values.items():
+        *sections, leaf = path.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{path}: {section!r} is not a section")
+        place[leaf] = value
+    try:
+        return ExpandConfig.model_validate(nested)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{path}: no such setting; settings are {', '.join(flat(ExpandConfig()))}") from None
+        raise ConfigError(f"{path}: {first['msg'].lower()}, got {first['input']!r}") from None
+
+
+def resolve(config: ExpandConfig) -> ExpandConfig:
+    """The same configuration with every value that depends on the data set filled in.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+    """
+    values = flat(config)
+    recipe = _DEFAULT_RECIPE | RECIPES.get(config.data.dataset, {})
+    if values["search.epochs_per_depth"] is not None:
+        if values["search.epochs_cap"] is not None:
+            raise ConfigError("search.epochs_cap: does not go with search.epochs_per_depth, which fixes the epochs")
+        recipe = {path: value for path, value in recipe.items() if path != "search.epochs_cap"}
+    values |= {path: value for path, value in recipe.items() if values[path] is None}
+    return from_values(values)
+
+
+def flat(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """The configuration as dotted paths and plain values."""
+    values = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = value
+    return values
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file. Raises ConfigError if the file cannot be read or holds something else."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"config {path}: is not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path}: expected sections such as 'search:', got {type(values).__name__}")
+    return values
+
+
+def parse_value(setting: str, text: str) -> Any:
+    """A value written as in YAML, such as 3, 1e-4, [2, 1] or null. Raises ConfigError naming `setting`."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"set {setting}: {text} is not a value; write it as in YAML, such as 3, 0.1, [2, 1] or null") from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-4, without a point, as text
+            return float(value)
+    return value
+
+
+def to_yaml(config: ExpandConfig) -> str:
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _copied(nested: dict) -> dict:
+    return {key: _copied(value) if isinstance(value, dict) else value for key, value in nested.items()}

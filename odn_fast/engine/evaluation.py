@@ -1,0 +1,64 @@
+"""Accuracy, confusion and latency of a network at inference."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass: the median, and the quartiles around it, over `runs` runs."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+
+    def figures(self) -> dict[str, float]:
+        """As events and manifests name them."""
+        return {"latency_ms": self.median_ms, "latency_low_ms": self.low_ms, "latency_high_ms": self.high_ms}
+
+
+@torch.inference_mode()
+def confusion(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int,
+              after_batch: Callable[[], None] = lambda: None) -> Tensor:
+    """Counts (K, K): rows are true classes, columns predicted ones.
+
+    `network` is used as it is (put it in eval mode); `after_batch` is called after every batch and may raise.
+    """
+    counts = torch.zeros(num_classes * num_classes, dtype=torch.int64)
+    for x, y in batches:
+        predicted = network(x).argmax(1)
+        counts += torch.bincount((y * num_classes + predicted).cpu(), minlength=num_classes * num_classes)
+        after_batch()
+    return counts.view(num_classes, num_classes)
+
+
+def accuracy(counts: Tensor) -> float:
+    """Percent of correct predictions in a confusion matrix."""
+    return 100.0 * counts.trace().item() / counts.sum().item()
+
+
+@torch.inference_mode()
+def measure_latency(network: nn.Module, input_shape: tuple[int, int, int], batch: int = 1, seconds: float = 0.25) -> Latency:
+    """Time forward passes of `batch` images of zeros (C, H, W) for about `seconds`, after a warm-up."""
+    device = next(network.parameters()).device
+    x = torch.zeros(batch, *input_shape, device=device).to(memory_format=torch.channels_last)
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    for run in range(10_000):
+        start = time.perf_counter()
+        network(x)
+        wait()
+        stop = time.perf_counter()
+        if run >= 3:  # the first passes choose kernels and fill caches
+            times.append(1e3 * (stop - start))
+        if len(times) >= 5 and stop > end:
+            break
+    low, median, high = numpy.percentile(times, [25, 50, 75])
+    return Latency(float(median), float(low), float(high), len(times))

@@ -1,0 +1,122 @@
+"""The one training loop, shared by both searches."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batches
+from .convergence import StoppingRule, Training
+from .precision import autocast
+
+Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What a training sees.
+
+    Attributes:
+        batches: the training split.
+        key: names this training; with the seed and the epoch it decides order and augmentation.
+        validate: percent of correct validation images; it is given a function to call between batches. None: no validation.
+    """
+
+    batches: Batches
+    key: str
+    validate: Callable[[Callable[[], None]], float] | None = None
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How steps are computed: `precision` fp32 or bf16 (autocast) on `device`."""
+
+    precision: str = "fp32"
+    device: str = "cpu"
+
+
+class FitRecord(Protocol):
+    """Where a training reports to. `step` and `waiting` may raise to stop it; its state is whole at either call."""
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, training: Training): ...
+
+    def waiting(self, model: nn.Module, optimizer: torch.optim.Optimizer, training: Training): ...
+
+    def epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, summary: dict): ...
+
+
+def fit(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Optimizer, config: FitConfig,
+        record: FitRecord, stop: StoppingRule, training: Training) -> str:
+    """Train `model` from where `training` stands until `stop` says why it ends; returns that outcome.
+
+    Args:
+        model: trained in place.
+        loss: (model, x, y) -> losses (D,), correct (D,); the sum of the losses is minimised.
+        optimizer: over the parameters to train.
+        record: told of every step and epoch.
+        training: updated in place; the best weights on validation are kept in it.
+
+    A loss that is not finite ends the training with the outcome "diverged"; the weights are then the best ones so far
+    (where there are none, as they are).
+    """
+    while (outcome := stop.finished(training)) is None:
+        for group in optimizer.param_groups:
+            group["lr"] = stop.learning_rate(training)
+        started, first_step = time.perf_counter(), training.step
+        images = train_epoch(model, data, loss, optimizer, config, record, training)
+        trained = time.perf_counter()
+        if not torch.isfinite(training.loss_sum).all():
+            training.diverged = True
+        accuracy = None
+        if data.validate is not None and not training.diverged:
+            accuracy = data.validate(lambda: record.waiting(model, optimizer, training))
+        ended = time.perf_counter()
+        training.seconds += ended - started
+        summary = {
+            "losses": (training.loss_sum / training.images).tolist(),
+            "train_accuracies": (100 * training.correct.double() / training.images).tolist(),
+            "validation_accuracy": accuracy,
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds": ended - started,
+            "images_per_second": images / (trained - started) if training.step > first_step else None,
+        }
+        training.epoch += 1
+        training.step, training.images, training.loss_sum, training.correct = 0, 0, None, None
+        improved = not training.diverged and stop.after_epoch(training, accuracy)
+        if improved:
+            training.best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if training.diverged and training.best_weights is not None:
+            model.load_state_dict(training.best_weights)
+        record.epoch(model, optimizer, training, summary | {"improved": improved})
+    return outcome
+
+
+def train_epoch(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Optimizer, config: FitConfig,
+                record: FitRecord, training: Training) -> int:
+    """The rest of the epoch that `training` is in; returns the images seen here. Nothing is read back from the device."""
+    model.train()
+    before = training.images
+    for x, y in data.batches.epoch(data.key, training.epoch, start=training.step):
+        x, y = x.to(config.device), y.to(config.device)
+        with autocast(config.precision, config.device):
+            losses, correct = loss(model, x, y)
+        optimizer.zero_grad(set_to_none=True)
+        losses.sum().backward()
+        optimizer.step()
+        total = losses.detach().double() * len(y)
+        training.loss_sum = total if training.loss_sum is None else training.loss_sum + total
+        training.correct = correct if training.correct is None else training.correct + correct
+        training.images += len(y)
+        training.step += 1
+        record.step(model, optimizer, training)
+    return training.images - before
+
+
+def classification_loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy (1,) of the logits in fp32, and the number of correct images (1,)."""
+    logits = model(x).float()
+    correct = (logits.detach().argmax(1) == y).sum()
+    return nn.functional.cross_entropy(logits, y)[None], correct[None]
