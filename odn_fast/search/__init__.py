@@ -1,0 +1,5 @@
+"""The searches: `expand` finds the smallest depth of a network that meets a target accuracy."""
+
+from .expansion import Result, expand
+
+__all__ = ["Result", "expand"]

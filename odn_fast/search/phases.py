@@ -1,0 +1,295 @@
+"""The phases of a depth search: warm-up, search, fine-tuning, baseline, and what each of them leaves."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from .. import __version__, export
+from ..config import ExpandConfig
+from ..data import Batches, DataSet, Split, evaluation_batches
+from ..engine import (Convergence, CosineEpochs, FitConfig, FitData, FoldedNetwork, Training, accuracy, classification_loss,
+                      confusion, fit, measure_latency)
+from ..machine import environment
+from ..models import DepthNetwork, profile
+from ..record import RunError, RunFolder
+from .display import Display, Silent
+from .preview import depth_latencies
+from .recorder import Recorder
+from .state import RunState, training_to_dict
+
+_EVALUATION_BATCH = 512
+
+
+@dataclass
+class Search:
+    """What the phases of one search work with; everything that changes is in `state`."""
+
+    config: ExpandConfig
+    model: DepthNetwork
+    data: DataSet
+    data_checksum: str
+    folder: RunFolder
+    display: Display | Silent
+    state: RunState
+    recorder: Recorder
+    fit_config: FitConfig
+
+    @property
+    def last_depth(self) -> int:
+        settings = self.config.search
+        last = settings.max_depth or self.model.max_depth
+        if settings.epochs_per_depth:
+            last = min(last, settings.initial_depth + len(settings.epochs_per_depth) - 1)
+        return last
+
+
+def warm_up(search: Search):
+    """All depths at once with a small learning rate (section III-B); leaves the weights as the state `warm-up`."""
+    state, model, settings = search.state, search.model, search.config.training
+    if settings.warm_up_epochs:
+        state.depth = model.max_depth
+        search.display.message(f"warm-up: {settings.warm_up_epochs} epochs, all {model.max_depth} depths in one pass")
+        with warm_up_momentum(model):
+            outcome = _train(search, model, DepthNetwork.exit_losses, "warm-up",
+                             CosineEpochs(settings.warm_up_epochs, settings.warm_up_lr), settings.warm_up_lr)
+        if outcome == "diverged":
+            raise RunError("warm-up: the loss is not finite any more; start again with a smaller "
+                           "--set training.warm_up_lr, or without warm-up (--warm-up-epochs 0)")
+    search.folder.save_state("warm-up", {"model": model.state_dict()})
+    state.begin("search", search.config.search.initial_depth)
+
+
+@contextlib.contextmanager
+def warm_up_momentum(model: DepthNetwork) -> Iterator[None]:
+    """Batch norm's momentum 1 - (1 - m)^k while entered, k = number of exits at or beyond the layer.
+
+    Then running statistics after one shared pass equal those after one pass per depth at momentum m.
+    """
+    depth = model.max_depth
+    layers = {layer: exits for part, exits in [(model.stem, depth), *zip(model.blocks, range(depth, 0, -1))]
+              for layer in part.modules() if isinstance(layer, nn.BatchNorm2d) and layer.momentum is not None}
+    before = {layer: layer.momentum for layer in layers}
+    try:
+        for layer, exits in layers.items():
+            layer.momentum = 1 - (1 - before[layer]) ** exits
+        yield
+    finally:
+        for layer, momentum in before.items():
+            layer.momentum = momentum
+
+
+def search_depths(search: Search):
+    """Train depth after depth from the warmed-up weights until one passes (section III-C)."""
+    state, settings = search.state, search.config.search
+    need = settings.target_accuracy - settings.tolerance
+    while True:
+        depth = state.depth
+        exactly = settings.epochs_per_depth[depth - settings.initial_depth] if settings.epochs_per_depth else None
+        rule = Convergence(digits=1, need=need, cap=settings.epochs_cap, exactly=exactly)
+        outcome = _train_depth(search, rule, _depth_lr(search, depth))
+        _finish_depth(search, outcome)
+        if rule.passed(state.training):
+            state.found, state.target_met = depth, True
+            break
+        if depth >= search.last_depth:
+            state.found = _best_depth(state.trained)
+            break
+        state.begin("search", depth + 1)
+    search.folder.event("chosen", depth=state.found, target_met=state.target_met)
+    search.display.message(f"depth {state.found} reaches the target" if state.target_met else
+                           f"no depth reached {need:g} %; the best, depth {state.found}, is taken")
+    state.begin("fine_tune", state.found)
+
+
+def _best_depth(trained: list[dict]) -> int:
+    """The depth with the highest validation accuracy, the shallower of equals."""
+    usable = [entry for entry in trained if entry["best_accuracy"] is not None]
+    if not usable:
+        raise RunError("every depth diverged: start again with a smaller --lr")
+    return max(usable, key=lambda entry: (round(entry["best_accuracy"], 1), -entry["depth"]))["depth"]
+
+
+def _finish_depth(search: Search, outcome: str):
+    """Keep what a depth has come to: its training to go on from, its network as a by-product, its figures."""
+    state, training = search.state, search.state.training
+    network = search.model.at_depth(state.depth)
+    search.folder.save_state(f"depth-{state.depth:02}", {
+        "training": training_to_dict(training), "model": network.state_dict(), "optimizer": state.optimizer})
+    if training.best_weights is not None:
+        _save_network(search, f"depths/depth-{state.depth:02}", training.best_weights,
+                      {"validation_accuracy": training.best_accuracy, "test_accuracy": None})
+    state.trained.append(_record_end(search, outcome))
+    best = "none" if training.best_accuracy is None else f"{training.best_accuracy:.2f} %"
+    word = {"passed": "passes", "converged": "has converged", "cap": "stopped at the cap", "epochs": "has had its epochs",
+            "diverged": "diverged (the loss is not finite any more); its best weights so far are kept"}[outcome]
+    search.display.message(f"depth {state.depth} {word} after {training.epoch} epochs: best validation accuracy {best}")
+
+
+def fine_tune(search: Search):
+    """Go on at the found depth until it converges (section III-D), extract the best weights, read the test split once."""
+    state, folder = search.state, search.folder
+    if state.training is None:
+        _go_on_from(state, folder.load_state(f"depth-{state.depth:02}"))
+    rule = Convergence(digits=2)
+    if search.config.search.epochs_per_depth:
+        rule = Convergence(digits=2, exactly=state.training.epoch)  # the given epochs are all there are
+    before = state.training.epoch
+    outcome = _train_depth(search, rule, state.training.lr)
+    search.display.message(f"fine-tuning took {state.training.epoch - before} epochs ({outcome}): best validation accuracy "
+                           f"{state.training.best_accuracy:.2f} %")
+    _record_end(search, outcome)
+    _read_and_save(search, "found", "model")
+    if search.config.search.baseline == "full" and state.found < search.model.max_depth:
+        state.begin("baseline", search.model.max_depth)
+        search.recorder.checkpoint()
+    else:
+        _finish(search)
+
+
+def baseline(search: Search):
+    """The full depth trained until it converges, for comparison."""
+    state = search.state
+    search.display.message(f"baseline: depth {state.depth}, trained until it converges")
+    name = f"depth-{state.depth:02}"
+    if state.training is None and any(entry["depth"] == state.depth for entry in state.trained):
+        _go_on_from(state, search.folder.load_state(name))
+    outcome = _train_depth(search, Convergence(digits=2), _depth_lr(search, state.depth))
+    if state.training.best_weights is None:
+        raise RunError("baseline: the loss is not finite any more; start again with a smaller --lr")
+    _record_end(search, outcome)
+    _read_and_save(search, "baseline", "baseline")
+    _finish(search)
+
+
+def _record_end(search: Search, outcome: str) -> dict:
+    """Write the event of a training that has ended; returns its figures."""
+    training = search.state.training
+    entry = {"depth": search.state.depth, "outcome": outcome, "epochs": training.epoch, "best_accuracy": training.best_accuracy,
+             "best_epoch": training.best_epoch, "seconds": training.seconds}
+    search.folder.event("depth", phase=search.state.phase, **entry)
+    return entry
+
+
+def _go_on_from(state: RunState, saved: dict):
+    state.training, state.model, state.optimizer = Training(**saved["training"]), saved["model"], saved["optimizer"]
+
+
+def _read_and_save(search: Search, name: str, place: str):
+    """Write the artefact of the training that has ended, with its accuracies; the test split is read once, here."""
+    state, data = search.state, search.data
+    if name not in state.readings:
+        network = FoldedNetwork(_extracted(search, state.depth, state.training.best_weights)).to(search.config.run.device)
+        validation = _confusion(search, network, data.validation)
+        reading = {"depth": state.depth, "validation_accuracy": accuracy(validation), "test_accuracy": None,
+                   "confusion": validation.tolist(), "confusion_split": "validation"}
+        if data.test is not None:
+            test = _confusion(search, network, data.test)
+            reading |= {"test_accuracy": accuracy(test), "confusion": test.tolist(), "confusion_split": "test"}
+            search.folder.event("test_reading", network=name, depth=state.depth, correct=int(test.trace()),
+                                total=int(test.sum()), accuracy=accuracy(test))
+        state.readings[name] = reading
+        search.recorder.checkpoint()
+    reading = state.readings[name]
+    _save_network(search, place, state.training.best_weights,
+                  {key: reading[key] for key in ("validation_accuracy", "test_accuracy")})
+
+
+def _save_network(search: Search, place: str, weights: dict, accuracies: dict):
+    """Write an artefact, with its size, work and latency in the manifest."""
+    config, data, depth = search.config, search.data, search.state.depth
+    network = _extracted(search, depth, weights)
+    latency = measure_latency(FoldedNetwork(network).to(config.run.device), data.input_shape)
+    size = profile(search.model, data.input_shape, depth)
+    manifest = {"odn_fast": __version__, **environment(), "seed": config.run.seed, "threads": config.run.threads,
+                "precision": search.fit_config.precision, "precision_requested": config.run.precision,
+                "model": config.model, "depth": depth, "dataset": data.name, "data_checksum": search.data_checksum,
+                "target_accuracy": config.search.target_accuracy, "tolerance": config.search.tolerance,
+                **accuracies, "params": size.params, "state_bytes": size.state_bytes, "macs": size.macs,
+                **latency.figures(), "latency_runs": latency.runs}
+    normalisation = data.normalisation
+    description = export.Description(
+        export.NetworkInput(data.input_shape, normalisation.scale, normalisation.mean, normalisation.std),
+        data.class_names, config.model or type(search.model).__name__, depth)
+    with search.folder.reporting(place):
+        export.save_model(search.folder.path / place, network, description, manifest)
+
+
+def _finish(search: Search):
+    """Last event, report, last checkpoint."""
+    from ..report import write_report  # brings matplotlib, which a search needs only now
+
+    state, settings = search.state, search.config.search
+    state.begin("finished", state.found)
+    seconds = search.recorder.seconds()
+    rows = next(event["rows"] for event in search.folder.events() if event["event"] == "table")
+    latencies = depth_latencies(search.model, search.data.input_shape, search.config.run.device)
+    trained = {entry["depth"]: entry for entry in state.trained}
+    depths = []
+    for row, latency in zip(rows, latencies):
+        entry = trained.get(row["depth"], {})
+        depths.append({**{key: row[key] for key in ("depth", "params", "state_bytes", "macs")}, **latency, "trained": bool(entry),
+                       "validation_accuracy": entry.get("best_accuracy"),
+                       **{key: entry.get(key) for key in ("outcome", "epochs", "seconds")}})
+    found = state.readings["found"]
+    state.readings["depths"] = {"rows": depths}
+    search.folder.event(
+        "result", depth=state.found, max_depth=search.model.max_depth, target_met=state.target_met,
+        target_accuracy=settings.target_accuracy, tolerance=settings.tolerance, epochs_cap=settings.epochs_cap,
+        validation_accuracy=found["validation_accuracy"], test_accuracy=found["test_accuracy"], seconds=seconds,
+        depths=depths, baseline=state.baseline, confusion=found["confusion"], confusion_split=found["confusion_split"],
+        class_names=list(search.data.class_names))
+    with search.folder.reporting("report.html"):
+        write_report(search.folder.path)
+    search.recorder.checkpoint()
+
+
+def _train_depth(search: Search, rule: Convergence, lr: float) -> str:
+    """Train the depth that the state names, from the warmed-up weights or from where the state stands."""
+    if search.state.training is None:
+        search.model.load_state_dict(search.folder.load_state("warm-up")["model"])
+    network = search.model.at_depth(search.state.depth)
+    folded = FoldedNetwork(network).to(search.config.run.device)
+
+    def validate(after_batch) -> float:
+        return accuracy(_confusion(search, folded.refresh(), search.data.validation, after_batch))
+
+    return _train(search, network, classification_loss, f"depth {search.state.depth}", rule, lr, validate)
+
+
+def _train(search: Search, network: nn.Module, loss, key: str, rule, lr: float, validate=None) -> str:
+    state, settings, data = search.state, search.config.training, search.data
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=settings.momentum,
+                                weight_decay=settings.weight_decay, fused=True)
+    if state.training is None:
+        state.training = Training(lr)
+    else:
+        network.load_state_dict(state.model)
+        optimizer.load_state_dict(state.optimizer)
+    batches = Batches(data.train, data.normalisation, settings.batch_size, search.config.run.seed,
+                      augment=data.augment, drop_last=data.drop_last)
+    search.recorder.begin(batches, rule)
+    with search.recorder.interrupts.deferred():
+        outcome = fit(network, FitData(batches, key, validate), loss, optimizer, search.fit_config, search.recorder, rule,
+                      state.training)
+    state.model, state.optimizer = network.state_dict(), optimizer.state_dict()
+    return outcome
+
+
+def _confusion(search: Search, network: nn.Module, split: Split, after_batch=lambda: None) -> torch.Tensor:
+    batches = evaluation_batches(split, search.data.normalisation, _EVALUATION_BATCH)
+    device = search.config.run.device
+    return confusion(network, ((x.to(device), y.to(device)) for x, y in batches), search.data.num_classes, after_batch)
+
+
+def _extracted(search: Search, depth: int, weights: dict) -> fx.GraphModule:
+    network = search.model.extract(depth)
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def _depth_lr(search: Search, depth: int) -> float:
+    settings = search.config.training
+    return settings.lr * (settings.deeper_lr_scale if depth > search.config.search.initial_depth else 1.0)

@@ -1,0 +1,73 @@
+"""The table of depths before a search: exact sizes, measured latency, estimated time of an epoch."""
+
+import copy
+import time
+from dataclasses import asdict
+
+import torch
+
+from ..data import DataSet
+from ..engine import FoldedNetwork, autocast, classification_loss, measure_latency
+from ..models import DepthNetwork, profile
+
+_LONGEST_TRIAL = 2.0  # seconds: a full-depth step that would take longer is estimated from its multiply-adds
+
+
+def depth_rows(model: DepthNetwork, data: DataSet, batch_size: int, precision: str, device: str) -> list[dict]:
+    """One row per depth: params, state_bytes, macs, paper_flops, latency of one image (ms), estimated seconds an epoch.
+
+    Latency is that of the folded fp32 network. The time of a training step is measured at depth 1 and at full depth on
+    copies, and interpolated by multiply-adds between them; validation is added at the folded network's speed.
+    """
+    rows = [{"depth": depth, **asdict(profile(model, data.input_shape, depth)), **latency}
+            for depth, latency in enumerate(depth_latencies(model, data.input_shape, device), 1)]
+    shallow, deep = rows[0]["macs"], rows[-1]["macs"]
+    first = _step_seconds(model, 1, data, batch_size, precision, device)
+    slope = first / shallow
+    if slope * deep < _LONGEST_TRIAL and deep > shallow:
+        last = _step_seconds(model, model.max_depth, data, batch_size, precision, device)
+        slope = max(0.0, last - first) / (deep - shallow)
+    forward = _validation_seconds(model, data, batch_size, device) / shallow
+    steps = max(1, round(len(data.train) / batch_size))
+    for row in rows:
+        step = first + slope * (row["macs"] - shallow)
+        row["seconds_per_epoch"] = steps * step + forward * row["macs"]
+    return rows
+
+
+def depth_latencies(model: DepthNetwork, input_shape: tuple[int, int, int], device: str) -> list[dict]:
+    """Latency of one image at every depth 1..D, folded fp32: milliseconds, median and quartiles.
+
+    They are measured together, so that one depth can be compared with another.
+    """
+    return [measure_latency(FoldedNetwork(model.at_depth(depth)).to(device), input_shape, seconds=0.1).figures()
+            for depth in range(1, model.max_depth + 1)]
+
+
+def _step_seconds(model: DepthNetwork, depth: int, data: DataSet, batch_size: int, precision: str, device: str) -> float:
+    network = copy.deepcopy(model.at_depth(depth)).train()
+    x, y = _first_images(data, batch_size, device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with autocast(precision, device):
+            losses, _ = classification_loss(network, x, y)
+        losses.sum().backward()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _validation_seconds(model: DepthNetwork, data: DataSet, batch_size: int, device: str) -> float:
+    """Estimated time of the whole validation split at depth 1."""
+    x, _ = _first_images(data, batch_size, device)
+    network = FoldedNetwork(model.at_depth(1)).to(device)
+    with torch.inference_mode():
+        network(x)
+        start = time.perf_counter()
+        network(x)
+        return (time.perf_counter() - start) * len(data.validation) / len(x)
+
+
+def _first_images(data: DataSet, batch_size: int, device: str):
+    x = data.normalisation(data.train.images[:batch_size]).to(device, memory_format=torch.channels_last)
+    return x, data.train.labels[:batch_size].to(device)

@@ -1,0 +1,59 @@
+"""Everything that a depth search has to remember between two processes."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..engine import Training
+
+PHASES = ("warm_up", "search", "fine_tune", "baseline", "finished")
+
+
+@dataclass
+class RunState:
+    """Where a run stands. With the run folder's named states it is all that a resumed process needs.
+
+    Attributes:
+        phase: one of `PHASES`.
+        depth: the depth under training.
+        training: the training under way, with `model` and `optimizer`, the state dicts it goes on from.
+        trained: one entry per depth whose training has ended, in order, as the `depth` events say.
+        found: the chosen depth; target_met: whether it passed.
+        readings: of the found network and the baseline: accuracies, and the test split's confusion matrix, read once.
+        seconds: time spent before this process.
+    """
+
+    phase: str = "warm_up"
+    depth: int = 0
+    training: Training | None = None
+    model: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    trained: list[dict] = field(default_factory=list)
+    found: int | None = None
+    target_met: bool = False
+    readings: dict[str, dict] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def begin(self, phase: str, depth: int = 0):
+        """Move on to a phase and depth with a fresh training."""
+        self.phase, self.depth = phase, depth
+        self.training = self.model = self.optimizer = None
+
+    @property
+    def baseline(self) -> dict | None:
+        """Depth and accuracies of the full network trained for comparison, or None."""
+        reading = self.readings.get("baseline")
+        return {key: reading[key] for key in ("depth", "validation_accuracy", "test_accuracy")} if reading else None
+
+    def to_dict(self) -> dict:
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values["training"] = training_to_dict(self.training) if self.training else None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RunState":
+        training = values["training"]
+        return cls(**{**values, "training": Training(**training) if training else None})
+
+
+def training_to_dict(training: Training) -> dict:
+    return {entry.name: getattr(training, entry.name) for entry in fields(training)}

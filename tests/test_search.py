@@ -1,0 +1,203 @@
+"""The depth search as a whole, on a small network and data that it can learn in a second."""
+
+import json
+
+import pytest
+import torch
+from test_models import tiny
+
+import odn_fast
+from odn_fast.config import ConfigError
+from odn_fast.data import Normalisation
+from odn_fast.engine import accuracy, confusion
+from odn_fast.record import RunError, RunFolder
+from odn_fast.search import expand
+from odn_fast.search.display import Silent
+from odn_fast.search.expansion import resume_expansion
+from odn_fast.search.phases import _best_depth
+
+
+def images(count, seed, learnable=True):
+    """(x, y): uint8 (N, 2, 6, 6) whose bright pixels tell one of five classes, or nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % 5
+    x = torch.randint(0, 200, (count, 2, 6, 6), generator=generator, dtype=torch.uint8)
+    if learnable:
+        x[torch.arange(count), 0, y] = 255
+    return x, y
+
+
+def search(tmp_path, name="run", model=None, learnable=True, **settings):
+    defaults = {"target": 90, "tolerance": 0, "epochs_cap": 12, "batch_size": 16, "warm_up_epochs": 1, "lr": 0.05,
+                "precision": "fp32", "threads": 1, "seed": 5}
+    return expand(model or tiny(dtype=torch.float32), train=images(80, 0, learnable), validation=images(40, 1, learnable),
+                  test=images(35, 2, learnable), out=tmp_path / name, **{**defaults, **settings})
+
+
+def events(result, kind=None):
+    lines = (result.folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory):
+    return search(tmp_path_factory.mktemp("met"))
+
+
+@pytest.fixture(scope="module")
+def missed(tmp_path_factory):
+    return search(tmp_path_factory.mktemp("missed"), learnable=False, epochs_cap=3, target=99, baseline="full")
+
+
+def test_the_first_depth_that_passes_is_taken(met):
+    searched = [event for event in events(met, "depth") if event["phase"] == "search"]
+    assert met.target_met and met.depth == searched[-1]["depth"] and searched[-1]["outcome"] == "passed"
+    assert [event["depth"] for event in searched] == list(range(1, met.depth + 1))
+    assert all(event["outcome"] == "cap" for event in searched[:-1])
+    passing = [event for event in events(met, "epoch") if event["phase"] == "search" and event["depth"] == met.depth]
+    assert all(round(event["validation_accuracy"], 1) < 90 for event in passing[:-1])
+
+
+def test_fine_tuning_goes_on_until_23_epochs_bring_nothing(met):
+    epochs = [event for event in events(met, "epoch") if event["depth"] == met.depth and event["phase"] != "warm_up"]
+    assert [event["epoch"] for event in epochs] == list(range(1, len(epochs) + 1))
+    tuned = [event for event in epochs if event["phase"] == "fine_tune"]
+    assert tuned[-1]["counter"] == 23 and all(event["counter"] < 23 for event in tuned[:-1])
+    assert met.validation_accuracy == pytest.approx(max(event["validation_accuracy"] for event in epochs))
+
+
+def test_learning_rates(met, missed):
+    first = {event["depth"]: event["lr"] for event in reversed(events(missed, "epoch")) if event["phase"] == "search"}
+    assert first == {1: 0.05, 2: 0.025, 3: 0.025}
+    assert [event["lr"] for event in events(met, "epoch") if event["phase"] == "warm_up"] == [1e-3]
+
+
+def test_no_depth_passes(missed):
+    searched = [event for event in events(missed, "depth") if event["phase"] == "search"]
+    assert not missed.target_met and [event["depth"] for event in searched] == [1, 2, 3]
+    assert missed.depth == _best_depth(searched)
+    assert events(missed, "chosen")[0]["target_met"] is False
+
+
+def test_the_shallower_of_equals_is_taken():
+    entries = [{"depth": 1, "best_accuracy": 40.0}, {"depth": 2, "best_accuracy": 50.01}, {"depth": 3, "best_accuracy": 50.04},
+               {"depth": 4, "best_accuracy": None}]
+    assert _best_depth(entries) == 2
+    with pytest.raises(RunError, match="every depth diverged"):
+        _best_depth(entries[3:])
+
+
+def test_test_split_is_read_once_for_the_result_and_never_for_by_products(met, missed):
+    assert [event["network"] for event in events(met, "test_reading")] == ["found"]
+    baseline = [] if missed.depth == 3 else ["baseline"]
+    assert [event["network"] for event in events(missed, "test_reading")] == ["found", *baseline]
+    for result in (met, missed):
+        for folder in sorted((result.folder / "depths").iterdir()):
+            manifest = json.loads((folder / "manifest.json").read_text())
+            assert manifest["test_accuracy"] is None and manifest["validation_accuracy"] > 0
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_accuracies_are_those_of_the_network_as_it_is_loaded(met, fold):
+    network = odn_fast.load(met.folder / "model", fold=fold)
+    given = odn_fast.export.describe(met.folder).input
+    normalise = Normalisation(given.scale, given.mean, given.std)
+    for split, expected in [(images(40, 1), met.validation_accuracy), (images(35, 2), met.test_accuracy)]:
+        assert accuracy(confusion(network, [(normalise(split[0]), split[1])], 5)) == pytest.approx(expected)
+
+
+def test_every_trained_depth_is_kept(missed):
+    for depth in (1, 2, 3):
+        network = odn_fast.load(missed.folder / "depths" / f"depth-{depth:02}")
+        assert sum("conv" not in name and name.endswith("0.weight") for name in network.state_dict()) == depth + 1
+    rows = missed.depths
+    assert [row["depth"] for row in rows] == [1, 2, 3] and all(row["trained"] and row["latency_ms"] > 0 for row in rows)
+
+
+def test_untrained_depths_have_size_and_latency_but_no_accuracy(met):
+    for row in met.depths[met.depth:]:
+        assert not row["trained"] and row["validation_accuracy"] is None and row["params"] > 0 and row["latency_ms"] > 0
+
+
+def test_every_depth_starts_from_the_warmed_up_weights(tmp_path):
+    result = search(tmp_path, lr=1e-12, epochs_cap=1, target=99.9, warm_up_epochs=2, max_depth=2, epochs_per_depth=None)
+    with RunFolder.open(result.folder) as folder:
+        warm = folder.load_state("warm-up")["model"]
+        for depth in (1, 2):
+            trained = folder.load_state(f"depth-{depth:02}")["model"]
+            weights = {name for name in trained if name.endswith("weight") and name.startswith(("stem", "blocks"))}
+            assert weights
+            for name in weights:
+                torch.testing.assert_close(trained[name], warm[name], rtol=0, atol=1e-9, msg=name)
+
+
+def test_given_epochs_replace_the_stopping_rule(tmp_path):
+    result = search(tmp_path, learnable=False, target=99.9, epochs_cap=None, epochs_per_depth=[3, 2])
+    searched = [(event["depth"], event["epochs"], event["outcome"]) for event in events(result, "depth") if event["phase"] == "search"]
+    assert searched == [(1, 3, "epochs"), (2, 2, "epochs")]
+    assert not [event for event in events(result, "epoch") if event["phase"] == "fine_tune"]
+
+
+def test_same_seed_same_bits_and_another_seed_others(tmp_path):
+    weights = []
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        result = search(tmp_path, name, seed=seed, max_depth=1, epochs_cap=2)
+        weights.append((result.folder / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_the_callers_threads_and_random_state_are_left_alone(tmp_path):
+    torch.manual_seed(11)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    expand("resnet18", train=images(40, 0), validation=images(20, 1), out=tmp_path / "run", target=99, max_depth=1,
+           epochs_per_depth=[1], warm_up_epochs=0, threads=1, batch_size=16)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+
+
+def test_every_depth_diverges(tmp_path):
+    with pytest.raises(RunError, match="every depth diverged: start again with a smaller --lr"):
+        search(tmp_path, lr=1e30)
+    outcomes = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["outcome"] for event in outcomes if event["event"] == "depth"] == ["diverged"] * 3
+
+
+def test_warm_up_diverges(tmp_path):
+    with pytest.raises(RunError, match="warm-up: the loss is not finite"):
+        search(tmp_path, warm_up_lr=1e30, warm_up_epochs=2)
+
+
+def test_a_finished_run_gives_its_result_again(met):
+    again = resume_expansion(met.folder, model=tiny(dtype=torch.float32), data=data_of(met), display=Silent())
+    assert (again.depth, again.test_accuracy, again.depths) == (met.depth, met.test_accuracy, met.depths)
+
+
+def data_of(_):
+    from odn_fast.data import from_arrays
+    return from_arrays(images(80, 0), images(40, 1), images(35, 2))
+
+
+def test_a_run_from_python_is_resumed_from_python(met):
+    with pytest.raises(ConfigError, match="resume it from there"):
+        resume_expansion(met.folder, display=Silent())
+
+
+def test_other_data_is_refused(met):
+    from odn_fast.data import from_arrays
+    other = from_arrays(images(80, 9), images(40, 1), images(35, 2))
+    with pytest.raises(ConfigError, match="checksum differs"):
+        resume_expansion(met.folder, model=tiny(dtype=torch.float32), data=other, display=Silent())
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"max_depth": 4}, "max_depth: expected at most 3"), ({"initial_depth": 3, "max_depth": 2}, "initial_depth: expected at most 2"),
+    ({"device": "abacus"}, "device: abacus is not usable here"), ({"patience": 3}, "patience: no such setting")])
+def test_impossible_requests_are_one_line_before_anything_is_made(tmp_path, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        search(tmp_path, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_accuracy_of_bf16_is_that_of_fp32_within_noise(tmp_path):
+    best = {precision: search(tmp_path, precision, precision=precision, target=95).validation_accuracy
+            for precision in ("fp32", "bf16")}
+    assert min(best.values()) >= 92.5, best
