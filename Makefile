@@ -1,0 +1,50 @@
+# Everything a fresh machine needs is set up here: Python >= 3.10, a C++ compiler and git are enough.
+#   make search     a depth search on digits, a minute or two once set up; prints where the report is
+#   make test       the tests
+#   make test-all   every tier of tests, the sanitizer build among them
+#   make bench      the benchmarks
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+READY := $(VENV)/.ready
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: setup search test test-all sanitize bench clean
+
+setup: $(READY)
+
+$(READY): $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja pybind11 "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[test]"
+	touch $(READY)
+
+search: $(READY)
+	$(BIN)/python -m odn_fast.search expand --dataset digits --model resnet18 --batch-size 128 \
+		--epochs-cap 8 --target-accuracy 98 --tolerance 0.5
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(READY) sanitize
+	$(BIN)/python -m pytest -q
+
+# A build of its own, in a copy of the package, so that the ordinary one stays as it is.
+sanitize: $(READY)
+	rm -rf build/sanitize/tree && mkdir -p build/sanitize/tree && cp -r odn_fast build/sanitize/tree/
+	cmake -G Ninja -S . -B build/sanitize -DPython_EXECUTABLE=$(BIN)/python -DODN_FAST_SANITIZE=ON \
+		-DODN_FAST_OUTPUT=$(CURDIR)/build/sanitize/tree/odn_fast
+	cmake --build build/sanitize
+	PYTHONPATH=build/sanitize/tree ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		$(BIN)/pytest -q tests/test_exit_heads.py -k "not compiles and not export"
+
+bench: $(READY)
+	$(BIN)/python -m pytest -q -s bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info odn_fast/_C*.so

@@ -1,0 +1,80 @@
+"""One warm-up step over all depths, against the full network alone and against the authors' way.
+
+    pytest bench/bench_warm_up.py -s
+
+ResNet-18, 1x28x28, batch 128. Arms: `ours` (one backbone pass, each exit taken before the next block), `full depth`
+(forward and backward of the deepest network alone, same precision and layout), `plain` (one backbone pass, exits in
+PyTorch), `authors` (one forward and backward per depth, fp32, NCHW, as in their notebooks). Gradients are compared first.
+"""
+
+import copy
+
+import pytest
+import torch
+from harness import measure, prepare, ratio, report, spread, table
+from torch import nn
+
+from odn_fast.engine import autocast
+from odn_fast.models import DepthNetwork, create
+
+BATCH = 128
+
+
+def step(model, loss, precision):
+    with autocast(precision, "cpu"):
+        value = loss(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    value.backward()
+
+
+def authors_step(model, x, y):
+    for parameter in model.parameters():
+        parameter.grad = None
+    for depth in range(model.max_depth, 0, -1):
+        nn.functional.cross_entropy(model(x, depth), y).backward()
+
+
+def plain_loss(model, x, y):
+    return sum(nn.functional.cross_entropy(logits.float(), y) for logits in model.forward_exits(x))
+
+
+def largest_difference(ours: DepthNetwork, other: DepthNetwork) -> float:
+    """Largest relative L2 difference between the gradients of two networks, over parameters."""
+    return max(((a.grad - b.grad).norm() / b.grad.norm()).item() for a, b in zip(ours.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_warm_up(precision):
+    prepare(threads=2)
+    torch.manual_seed(0)
+    authors = create("resnet18", 1, 10).train()
+    model = copy.deepcopy(authors).to(memory_format=torch.channels_last)
+    x_nchw, y = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
+    x = x_nchw.to(memory_format=torch.channels_last)
+
+    truth, checked = copy.deepcopy(authors).double(), copy.deepcopy(model).double()
+    authors_step(truth, x_nchw[:16].double(), y[:16])
+    step(checked, lambda network: network.exit_losses(x[:16].double(), y[:16])[0].sum(), "fp32")
+    difference = largest_difference(checked, truth)
+    assert difference < 1e-10, difference
+
+    arms = {
+        "ours": lambda: step(model, lambda network: network.exit_losses(x, y)[0].sum(), precision),
+        "full depth": lambda: step(model, lambda network: nn.functional.cross_entropy(network(x).float(), y), precision),
+        "plain": lambda: step(model, lambda network: plain_loss(network, x, y), precision),
+    }
+    near = measure(arms, repetitions=12, warm_up=2, patience=150).times
+    far = measure({"ours": arms["ours"], "authors": lambda: authors_step(authors, x_nchw, y)}, repetitions=4, warm_up=1).times
+    figures = {
+        "ours_over_full_depth": ratio(near["ours"], near["full depth"]),
+        "plain_over_full_depth": ratio(near["plain"], near["full depth"]),
+        "authors_over_ours": ratio(far["authors"], far["ours"]),
+        "reach": {"ours_over_full_depth": 1.03, "authors_over_ours": 5 if precision == "fp32" else 9},
+        "gradient_difference_fp64": difference,
+    }
+    print("\n" + table([("arm", "ms"), *((name, spread(times)) for name, times in near.items()), ("authors", spread(far["authors"]))]))
+    print(f"{precision}: ours is {figures['ours_over_full_depth']:.3f} x full depth alone (reach 1.03; plain PyTorch "
+          f"{figures['plain_over_full_depth']:.3f}), the authors' way takes {figures['authors_over_ours']:.2f} x ours "
+          f"(reach {figures['reach']['authors_over_ours']})")
+    report(f"warm_up_{precision}", {"batch": BATCH, **figures, "milliseconds": {**near, "authors": far["authors"]}})

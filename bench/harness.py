@@ -1,0 +1,140 @@
+"""What every bench shares: the machine line, paired timing, measured bandwidth, the report.
+
+    def test_something():
+        prepare()
+        measured = measure({"eager": eager, "ours": ours})
+        print(table(...)); report("something", {...})
+
+A figure is a median of repetitions in which every arm runs once, in turn, so that a slow moment of the machine
+meets all arms. A ratio is the median of the ratios within repetitions. Repetitions during which other processes
+used the processor are measured again.
+"""
+
+import datetime
+import itertools
+import json
+import os
+import re
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from odn_fast import _extension
+from odn_fast.engine.allocator import tune_allocator
+from odn_fast.machine import environment
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def prepare(threads: int | None = None) -> None:
+    """Set the threads and tune the allocator, for all arms alike: a speed-up must not be the allocator's."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if not tune_allocator():
+        print("the allocator could not be tuned: large tensors cost page faults in all arms")
+
+
+def machine() -> dict[str, object]:
+    """The line that belongs to every figure."""
+    return {
+        **environment(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _extension.instruction_set() or f"none, {_extension.reason}",
+        "load": os.getloadavg()[0],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_seconds_of_others() -> float:
+    """CPU time that other processes, or other guests of the host, have taken from this machine so far."""
+    user, nice, system, _, _, irq, soft_irq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    busy = (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - own.ru_utime - own.ru_stime
+
+
+@dataclass
+class Measurement:
+    """Milliseconds of every arm in every repetition, and how many repetitions other processes disturbed.
+
+    Disturbed repetitions are measured again. Only if the machine never came to rest are they counted, and
+    `quiet` is False.
+    """
+
+    times: dict[str, list[float]]
+    disturbed: int
+    quiet: bool
+
+
+def measure(
+    arms: dict[str, Callable[[], object]], repetitions: int = 30, warm_up: int = 3, patience: float = 120.0
+) -> Measurement:
+    """Run all arms in turn, in rotating order, until `repetitions` were quiet or `patience` seconds have passed."""
+    names = list(arms)
+    quiet, disturbed = [], []
+    deadline = time.monotonic() + patience
+    for repetition in itertools.count(-warm_up):
+        shift, others = repetition % len(names), cpu_seconds_of_others()
+        begin_all, times = time.perf_counter(), {}
+        for name in names[shift:] + names[:shift]:
+            begin = time.perf_counter()
+            arms[name]()
+            times[name] = 1e3 * (time.perf_counter() - begin)
+        # The kernel counts in steps of 10 ms: two steps, or 5 % of the machine, are no disturbance.
+        allowed = max(0.02, 0.05 * (os.cpu_count() or 1) * (time.perf_counter() - begin_all))
+        if repetition >= 0:
+            (quiet if cpu_seconds_of_others() - others <= allowed else disturbed).append(times)
+        if len(quiet) >= repetitions or (time.monotonic() > deadline and len(quiet) + len(disturbed) >= repetitions):
+            break
+    enough = len(quiet) >= min(repetitions, 8)
+    kept = quiet if enough else quiet + disturbed
+    return Measurement({name: [times[name] for times in kept] for name in names}, len(disturbed), enough)
+
+
+def net(times: Sequence[float], alone: Sequence[float]) -> list[float]:
+    """Times without what `alone` measured in the same repetitions."""
+    return [total - part for total, part in zip(times, alone, strict=True)]
+
+
+def ratio(baseline: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times as long the baseline takes: median over paired repetitions."""
+    return statistics.median(a / b for a, b in zip(baseline, ours, strict=True))
+
+
+def spread(times: Sequence[float]) -> str:
+    """Median and quartiles, as `1.23 (1.20-1.31)`."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def bandwidth(megabytes: int = 256) -> dict[str, float]:
+    """GB/s of reading, and of reading and writing back in place, tensors that no cache holds: the best of several."""
+    x = torch.ones(megabytes << 18)
+    times = measure({"read": x.sum, "update": lambda: x.mul_(1.0)}, repetitions=15).times
+    size = x.numel() * x.element_size() / 1e6
+    return {"read": size / min(times["read"]), "update": 2 * size / min(times["update"])}
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows of cells, the first row the header, in aligned columns."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def report(bench: str, results: dict[str, object]) -> Path:
+    """Write bench/results/<bench>-<machine>-<date>.json and print its content as the last line."""
+    line = {"bench": bench, "machine": machine(), **results}
+    name = re.sub(r"[^a-z0-9]+", "-", f"{line['machine']['processor']} {os.cpu_count()} cores".lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{bench}-{name}-{line['machine']['date']}.json"
+    path.write_text(json.dumps(line, indent=1) + "\n")
+    print(json.dumps(line), flush=True)
+    return path
