@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is set up here: Python >= 3.10, a C++ compiler and git are enough.
 #   make search     a depth search on digits, a minute or two once set up; prints where the report is
 #   make test       the tests
-#   make test-all   every tier of tests, the sanitizer build among them
+#   make test-all   the tests, and the op tests under the address and undefined-behaviour sanitizers
 #   make bench      the benchmarks
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -28,10 +28,9 @@ search: $(READY)
 		--epochs-cap 8 --target-accuracy 98 --tolerance 0.5
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow"
-
-test-all: $(READY) sanitize
 	$(BIN)/python -m pytest -q
+
+test-all: test sanitize
 
 # A build of its own, in a copy of the package, so that the ordinary one stays as it is.
 sanitize: $(READY)

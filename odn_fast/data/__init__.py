@@ -1,6 +1,6 @@
 """Data sets: readers of official files, image folders and arrays, and the batches made of them.
 
-``load("mnist", "data")`` -> :class:`DataSet`; ``Batches(data.train, data.normalisation, 128, seed=0)``.
+`load("mnist", "data")` -> `DataSet`; `Batches(data.train, data.normalisation, 128, seed=0)`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def load(
     seed: int = 0,
     download: bool = True,
 ) -> DataSet:
-    """The data set called ``name``, one of :data:`NAMES`.
+    """The data set called `name`, one of `NAMES`.
 
-    ``data_dir`` (default ``./data``): where official files lie, in torchvision's layout; what is missing is
-    downloaded there unless ``download`` is off. ``image_size`` (pixels) belongs to image folders,
-    ``val_fraction`` and ``test_fraction`` to image folders and ``npz`` files without those splits; ``seed``
-    decides who is held out (digits, image folders, ``npz``), official splits are fixed.
-    Raises :class:`DataError` on an unknown name, an option that makes no sense for the set, or files that
+    `data_dir` (default `./data`): where official files lie, in torchvision's layout; what is missing is
+    downloaded there unless `download` is off. `image_size` (pixels) belongs to image folders,
+    `val_fraction` and `test_fraction` to image folders and `npz` files without those splits; `seed`
+    decides who is held out (digits, image folders, `npz`), official splits are fixed.
+    Raises `DataError` on an unknown name, an option that makes no sense for the set, or files that
     are missing or damaged.
     """
     kind, colon, path = name.partition(":")

@@ -1,4 +1,4 @@
-"""Images that are arrays already: ``npz:FILE``, numpy arrays, tensors, or a torch ``Dataset``."""
+"""Images that are arrays already: `npz:FILE`, numpy arrays, tensors, or a torch `Dataset`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LARGEST_LABEL = 1 << 31
 
 
 def load_npz(path: str, val_fraction: float | None, test_fraction: float | None, seed: int) -> DataSet:
-    """A ``.npz`` file with x_train, y_train[, x_val, y_val][, x_test, y_test], or x, y.
+    """A `.npz` file with x_train, y_train[, x_val, y_val][, x_test, y_test], or x, y.
 
-    Images and labels as :func:`from_arrays` takes them. A split that is not there is taken from training,
-    stratified by ``seed``: validation by ``val_fraction`` (default 0.1), test by ``test_fraction`` (default:
-    there is none). No pickled object is ever loaded. Raises :class:`DataError` naming the file.
+    Images and labels as `from_arrays` takes them. A split that is not there is taken from training,
+    stratified by `seed`: validation by `val_fraction` (default 0.1), test by `test_fraction` (default:
+    there is none). No pickled object is ever loaded. Raises `DataError` naming the file.
     """
     file = Path(path).expanduser()
     arrays = read_npz(file)
@@ -54,9 +54,9 @@ def from_arrays(
 
     x: (N, H, W), (N, C, H, W) or, with C 1 or 3, (N, H, W, C); where both ends could be channels, they come
     first. Whole numbers 0..255 become uint8 and are normalised by the training split; floats are taken as
-    they are and must be finite. y: (N,) whole numbers, classes 0..K-1. Without ``validation``,
-    ``val_fraction`` of the training images becomes it, stratified by ``seed``. Everything is copied.
-    Raises :class:`DataError`.
+    they are and must be finite. y: (N,) whole numbers, classes 0..K-1. Without `validation`,
+    `val_fraction` of the training images becomes it, stratified by `seed`. Everything is copied.
+    Raises `DataError`.
     """
     given = (("train", train), ("validation", validation), ("test", test))
     splits = {name: as_split(source, name) for name, source in given if source is not None}
@@ -68,7 +68,7 @@ def from_arrays(
 
 
 def names_of_classes(splits: dict[str, Split], class_names: Sequence[str] | None, where: str) -> tuple[str, ...]:
-    """``class_names``, or the numbers 0..K-1, checked against the labels before anything is counted by class."""
+    """`class_names`, or the numbers 0..K-1, checked against the labels before anything is counted by class."""
     largest = max(int(split.labels.max()) for split in splits.values())
     if class_names is not None:
         if largest >= len(class_names):
@@ -102,7 +102,7 @@ def as_split(source: Any, where: str) -> Split:
 
 
 def pair_split(images: Any, labels: Any, where: str) -> Split:
-    """Images and labels of any kind :func:`from_arrays` takes, as a Split of its own memory."""
+    """Images and labels of any kind `from_arrays` takes, as a Split of its own memory."""
     x, y = as_images(images, where), as_labels(labels, where)
     if len(x) != len(y):
         raise DataError(f"{where}: {len(x)} images but {len(y)} labels; there must be one label an image")
@@ -139,7 +139,7 @@ def as_numpy(array: Any, where: str) -> np.ndarray:
 
 
 def as_images(array: Any, where: str) -> Tensor:
-    """(N, C, H, W), uint8 or finite float32, a copy; layouts as in :func:`from_arrays`."""
+    """(N, C, H, W), uint8 or finite float32, a copy; layouts as in `from_arrays`."""
     array = as_numpy(array, where)
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise DataError(f"{where}: has shape {array.shape}, expected images (N, H, W), (N, C, H, W) or (N, H, W, C), none of them 0")
@@ -193,7 +193,7 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
 
 
 def read_npy(content: IO[bytes], length: int, where: str) -> np.ndarray:
-    """One .npy of plain numbers, ``length`` bytes long; read-only."""
+    """One .npy of plain numbers, `length` bytes long; read-only."""
     version = np.lib.format.read_magic(content)
     if version not in ((1, 0), (2, 0)):
         raise DataError(f"{where}: .npy version {version}, expected 1.0 or 2.0")

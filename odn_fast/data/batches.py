@@ -19,10 +19,10 @@ PADDING = 4  # pixels of raw value 0 on each side, of which a random crop keeps 
 class Batches:
     """Shuffled training batches; the same ones for the same (seed, key, epoch), from any step on.
 
-    The last batch is kept when incomplete, or with ``drop_last`` left out (unless it is the only one). A last
-    batch of one image joins the batch before it: batch norm needs two values. ``augment``: pad 4, random
+    The last batch is kept when incomplete, or with `drop_last` left out (unless it is the only one). A last
+    batch of one image joins the batch before it: batch norm needs two values. `augment`: pad 4, random
     crop, flip with probability 1/2, drawn per image and epoch, whatever the batch size.
-    Raises :class:`DataError` on an empty split or a batch size below 1.
+    Raises `DataError` on an empty split or a batch size below 1.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Batches:
         self.images_per_epoch = self.bounds[-1][1]
 
     def epoch(self, key: str, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch from step ``start`` on, exactly as an uninterrupted epoch gives them.
+        """The batches of one epoch from step `start` on, exactly as an uninterrupted epoch gives them.
 
-        Each is (x (n, C, H, W) float32 channels_last, normalised; y (n,) int64). ``key`` names what is being
+        Each is (x (n, C, H, W) float32 channels_last, normalised; y (n,) int64). `key` names what is being
         trained (a depth, a stage), so that each has an order of its own.
-        Raises :class:`DataError` where ``start`` lies outside 0..steps_per_epoch.
+        Raises `DataError` where `start` lies outside 0..steps_per_epoch.
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise DataError(f"epoch cannot start at step {start}; it has {self.steps_per_epoch}")
@@ -73,7 +73,7 @@ def evaluation_batches(split: Split, normalisation: Normalisation, batch_size: i
 
 
 def batch_bounds(count: int, batch_size: int, drop_last: bool) -> list[tuple[int, int]]:
-    """(first, end) of every batch of ``count`` images; see :class:`Batches` for the last one."""
+    """(first, end) of every batch of `count` images; see `Batches` for the last one."""
     ends = list(range(batch_size, count + 1, batch_size))
     remaining = count - (ends[-1] if ends else 0)
     if not ends:
@@ -92,7 +92,7 @@ def keyed_generator(seed: int, key: str, epoch: int) -> torch.Generator:
 
 
 def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Crops (n, C, H, W) of images padded by 4: from row and column ``shifts`` (2, n) on, mirrored where ``flips`` (n,)."""
+    """Crops (n, C, H, W) of images padded by 4: from row and column `shifts` (2, n) on, mirrored where `flips` (n,)."""
     count, channels, height, width = images.shape
     padded = functional.pad(images, (PADDING,) * 4).flatten(2)
     rows = shifts[0, :, None] + torch.arange(height, device=images.device)

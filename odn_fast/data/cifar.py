@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100: the official "python version", folders ``cifar-10-batches-py`` and ``cifar-100-python``.
+"""CIFAR-10 and CIFAR-100: the official "python version", folders `cifar-10-batches-py` and `cifar-100-python`.
 
-Each file is a pickled dictionary; none is ever executed (see ``plain_pickle``).
+Each file is a pickled dictionary; none is ever executed (see `plain_pickle`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ EDITIONS = {
 
 
 def load_cifar(name: str, data_dir: Path, download: bool) -> DataSet:
-    """``cifar10`` or ``cifar100`` (its 100 fine classes) from ``data_dir``, 3x32x32 uint8.
+    """`cifar10` or `cifar100` (its 100 fine classes) from `data_dir`, 3x32x32 uint8.
 
-    Validation is the last 5,000 training images. Raises :class:`DataError` naming the file that is
+    Validation is the last 5,000 training images. Raises `DataError` naming the file that is
     missing, damaged, or asks for anything but plain data.
     """
     edition = EDITIONS[name]

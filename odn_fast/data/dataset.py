@@ -17,7 +17,7 @@ from .splitting import stratified_choice
 class Normalisation:
     """x -> (x / scale - mean) / std, per channel; the one way images enter a network.
 
-    ``scale``: the raw value that stands for 1 (255 for bytes); ``mean`` and ``std``: one number a channel,
+    `scale`: the raw value that stands for 1 (255 for bytes); `mean` and `std`: one number a channel,
     in units of x / scale.
     """
 
@@ -37,7 +37,7 @@ class Normalisation:
 
         Computed as x * a + b with a = 1 / (scale std), b = -mean / std formed in float64 and rounded once.
         The product is rounded before the sum (two passes, never a fused multiply-add), so a pixel has the
-        same bits whatever the batch it came in. Raises :class:`DataError` on another number of channels.
+        same bits whatever the batch it came in. Raises `DataError` on another number of channels.
         """
         count, channels, height, width = images.shape
         if channels != len(self.mean):
@@ -80,7 +80,7 @@ class Split:
         return len(self.labels)
 
     def at(self, positions: Tensor) -> Split:
-        """The images at ``positions`` (M,) int64, in that order."""
+        """The images at `positions` (M,) int64, in that order."""
         return Split(self.images[positions], self.labels[positions])
 
 
@@ -88,8 +88,8 @@ class Split:
 class DataSet:
     """A data set ready for training.
 
-    ``augment``: random crop and flip belong to its training; ``drop_last``: an incomplete last training
-    batch is left out. Raises :class:`DataError` unless training and validation hold images, every split
+    `augment`: random crop and flip belong to its training; `drop_last`: an incomplete last training
+    batch is left out. Raises `DataError` unless training and validation hold images, every split
     has the same (C, H, W) and type, and every label lies in 0..num_classes-1.
     """
 
@@ -147,10 +147,10 @@ class DataSet:
         return digest.hexdigest()
 
     def limit_train(self, count: int, seed: int) -> DataSet:
-        """The same set with ``count`` training images: seeded, class shares kept, original order.
+        """The same set with `count` training images: seeded, class shares kept, original order.
 
-        Every class of the training split keeps at least one image. Raises :class:`DataError` where
-        ``count`` is below the number of classes or above the number of training images.
+        Every class of the training split keeps at least one image. Raises `DataError` where
+        `count` is below the number of classes or above the number of training images.
         """
         if not self.num_classes <= count <= len(self.train):
             raise DataError(
@@ -161,7 +161,7 @@ class DataSet:
 
 
 def measured_normalisation(images: Tensor) -> Normalisation:
-    """/255, then mean and standard deviation of ``images`` (N, C, H, W) uint8, per channel, std at least 1e-3.
+    """/255, then mean and standard deviation of `images` (N, C, H, W) uint8, per channel, std at least 1e-3.
 
     Counted by grey level in integers, so the result does not depend on any order of summation.
     """
@@ -179,10 +179,10 @@ def measured_normalisation(images: Tensor) -> Normalisation:
 
 
 def official_splits(images: Tensor, labels: Tensor, validation: int, official: int, where: str) -> tuple[Split, Split]:
-    """Training and validation split of an official training set: the last ``validation`` images of ``official``.
+    """Training and validation split of an official training set: the last `validation` images of `official`.
 
     A subset of the official set gives the same share of its images, at least one, and a larger set no
-    more than ``validation``. Raises :class:`DataError` where there are fewer than two images.
+    more than `validation`. Raises `DataError` where there are fewer than two images.
     """
     if len(labels) < 2:
         raise DataError(f"{where}: holds {len(labels)} training images; training and validation need at least one each")

@@ -15,9 +15,9 @@ MAXIMUM = 16  # grey levels run from 0 to 16
 
 
 def load_digits(seed: int) -> DataSet:
-    """1,197 / 300 / 300 images 1x8x8 uint8 in 0..16, stratified by ``seed``; x / 16, mean 0, std 1.
+    """1,197 / 300 / 300 images 1x8x8 uint8 in 0..16, stratified by `seed`; x / 16, mean 0, std 1.
 
-    Raises :class:`DataError` where scikit-learn is not installed.
+    Raises `DataError` where scikit-learn is not installed.
     """
     source = needs("sklearn.datasets", "scikit-learn", "the digits data set").load_digits()
     everything = Split(

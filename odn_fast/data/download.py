@@ -30,7 +30,7 @@ MEGABYTE = 1_000_000
 class Source:
     """One official file: where it is, what it must be, and the file names it provides.
 
-    ``megabytes`` bounds its size and that of each member; ``members`` maps file name -> path inside the
+    `megabytes` bounds its size and that of each member; `members` maps file name -> path inside the
     archive, and is empty where the file itself, under its own name, is what is wanted.
     """
 
@@ -85,11 +85,11 @@ SOURCES: dict[str, tuple[Source, ...]] = {
 
 
 def ensure(name: str, folder: Path, download: bool = True) -> None:
-    """Make sure that the official files of data set ``name`` lie in ``folder``, fetching what is missing.
+    """Make sure that the official files of data set `name` lie in `folder`, fetching what is missing.
 
-    A ``.gz`` counts as there when its uncompressed form is. Nothing is fetched, and no connection opened,
-    where all files are there. Raises :class:`DataError` naming the file, the folder and the address where
-    ``download`` is off, there is no network, the checksum is wrong, or the disk is full.
+    A `.gz` counts as there when its uncompressed form is. Nothing is fetched, and no connection opened,
+    where all files are there. Raises `DataError` naming the file, the folder and the address where
+    `download` is off, there is no network, the checksum is wrong, or the disk is full.
     """
     for source in SOURCES[name]:
         missing = [file for file in source.provides() if not is_there(folder / file)]
@@ -106,7 +106,7 @@ def is_there(path: Path) -> bool:
 
 
 def fetch(source: Source, folder: Path, missing: list[str]) -> None:
-    """Download ``source``, check it, and put the ``missing`` files of it into ``folder``."""
+    """Download `source`, check it, and put the `missing` files of it into `folder`."""
     file_name = source.url.rsplit("/", 1)[1]
     print(f"downloading {source.url} to {folder}", file=sys.stderr)
     try:
@@ -130,7 +130,7 @@ def fetch(source: Source, folder: Path, missing: list[str]) -> None:
 
 @contextmanager
 def temporary(target: Path) -> Iterator[Path]:
-    """A name beside ``target`` that no other process uses; what is left under it is deleted at the end."""
+    """A name beside `target` that no other process uses; what is left under it is deleted at the end."""
     path = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield path
@@ -139,7 +139,7 @@ def temporary(target: Path) -> Iterator[Path]:
 
 
 def receive(source: Source, path: Path) -> tuple[int, str]:
-    """Write the answer of ``source.url`` to ``path``; returns its length in bytes and its MD5."""
+    """Write the answer of `source.url` to `path`; returns its length in bytes and its MD5."""
     digest, received = hashlib.md5(usedforsecurity=False), 0
     request = urllib.request.Request(source.url, headers={"User-Agent": "odn_fast"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer, path.open("wb") as file:
@@ -155,7 +155,7 @@ def receive(source: Source, path: Path) -> tuple[int, str]:
 
 
 def unpack(source: Source, archive: Path, folder: Path, missing: list[str]) -> None:
-    """Take the ``missing`` files out of ``archive`` (.zip or .tar.gz), each checked for its size."""
+    """Take the `missing` files out of `archive` (.zip or .tar.gz), each checked for its size."""
     if source.url.endswith(".zip"):
         with zipfile.ZipFile(archive) as members:
             for file in missing:
@@ -172,7 +172,7 @@ def unpack(source: Source, archive: Path, folder: Path, missing: list[str]) -> N
 
 
 def place(content: BinaryIO, target: Path, source: Source) -> None:
-    """Write ``content`` to ``target``, whole or not at all."""
+    """Write `content` to `target`, whole or not at all."""
     with temporary(target) as part:
         written = 0
         with part.open("wb") as file:

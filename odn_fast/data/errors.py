@@ -1,7 +1,7 @@
 """The one error of the data readers, and the guards that turn every other error into it.
 
 A reader opens files that came from somewhere else: cut short, swapped, damaged, or made to do harm.
-Whatever is wrong with one, the caller gets a :class:`DataError` of one line that names the file.
+Whatever is wrong with one, the caller gets a `DataError` of one line that names the file.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged ``path`` makes a library raise into one :class:`DataError`.
+    """Turn whatever a damaged `path` makes a library raise into one `DataError`.
 
     The list of what zlib, zipfile, scipy and Pillow raise on random bytes is open-ended (struct.error,
-    IndexError, NotImplementedError, RecursionError, ...), so every ``Exception`` counts as damage here;
-    the original stays attached as the cause. A DataError that does not name ``path`` yet is given its name.
+    IndexError, NotImplementedError, RecursionError, ...), so every `Exception` counts as damage here;
+    the original stays attached as the cause. A DataError that does not name `path` yet is given its name.
     """
     try:
         yield
@@ -48,9 +48,9 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def regular_file_size(path: Path) -> int:
-    """Bytes in ``path``.
+    """Bytes in `path`.
 
-    Raises :class:`DataError` where it is missing, empty, or not a regular file: opening a named pipe
+    Raises `DataError` where it is missing, empty, or not a regular file: opening a named pipe
     would wait for ever, and a device never ends.
     """
     with reading(path):
@@ -65,7 +65,7 @@ def regular_file_size(path: Path) -> int:
 
 
 def needs(module: str, package: str, purpose: str) -> ModuleType:
-    """Import an optional ``module``, or raise a :class:`DataError` that names the ``package`` to install."""
+    """Import an optional `module`, or raise a `DataError` that names the `package` to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,8 +1,8 @@
 """IDX files: MNIST, Fashion-MNIST and the letters of EMNIST.
 
 An IDX file is: two zero bytes, a type (8 = unsigned byte), the number of dimensions, each dimension as a
-big-endian 32-bit number, then the values. Official folders: ``MNIST/raw``, ``FashionMNIST/raw``,
-``EMNIST/raw``, each file as it is or gzip-compressed (``.gz``).
+big-endian 32-bit number, then the values. Official folders: `MNIST/raw`, `FashionMNIST/raw`,
+`EMNIST/raw`, each file as it is or gzip-compressed (`.gz`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ KINDS = {1: "labels", 3: "images"}
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one IDX data set apart; ``first_label`` is the file's number of class 0.
+    """What sets one IDX data set apart; `first_label` is the file's number of class 0.
 
-    ``validation`` of the ``official`` training images, the last ones, are for validation.
+    `validation` of the `official` training images, the last ones, are for validation.
     """
 
     folder: str
@@ -58,11 +58,11 @@ FAMILIES = {
 
 
 def load_idx(name: str, data_dir: Path, download: bool) -> DataSet:
-    """``mnist``, ``fashion-mnist`` or ``emnist-letters`` from ``data_dir``, 1x28x28 uint8.
+    """`mnist`, `fashion-mnist` or `emnist-letters` from `data_dir`, 1x28x28 uint8.
 
     Validation is the end of the official training set: 10,000 images, of EMNIST-letters 10 %. EMNIST
     labels 1..26 become 0..25, and its images, which the official files hold transposed, are turned upright.
-    Raises :class:`DataError` naming the file that is missing or damaged.
+    Raises `DataError` naming the file that is missing or damaged.
     """
     family = FAMILIES[name]
     folder = Path(data_dir) / family.folder / "raw"
@@ -93,15 +93,15 @@ def read_pair(folder: Path, prefix: str, family: Family) -> Split:
 
 
 def with_or_without_gz(path: Path) -> Path:
-    """The uncompressed file where it exists, else its ``.gz``."""
+    """The uncompressed file where it exists, else its `.gz`."""
     return path if os.path.exists(path) else path.with_name(path.name + ".gz")
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The unsigned bytes of one IDX file, in the shape its header states; gzip where the name ends in ``.gz``.
+    """The unsigned bytes of one IDX file, in the shape its header states; gzip where the name ends in `.gz`.
 
-    ``dimensions``: 3 for images, 1 for labels. What the header claims is checked against the length of the
-    file before anything is allocated, and a ``.gz`` is never unpacked beyond it. Raises :class:`DataError`
+    `dimensions`: 3 for images, 1 for labels. What the header claims is checked against the length of the
+    file before anything is allocated, and a `.gz` is never unpacked beyond it. Raises `DataError`
     where header and length disagree, even by one byte.
     """
     length = regular_file_size(path)
@@ -139,7 +139,7 @@ def read_header(path: Path, file: BinaryIO, dimensions: int) -> tuple[int, ...]:
 
 
 def read_values(path: Path, file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
-    """prod(shape) bytes from ``file``, in one array."""
+    """prod(shape) bytes from `file`, in one array."""
     values = np.empty(math.prod(shape), dtype=np.uint8)
     remaining = memoryview(values)
     while len(remaining):

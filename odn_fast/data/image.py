@@ -22,19 +22,19 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def read_image(path: str | Path, channels: int, height: int, width: int) -> Tensor:
-    """The picture in ``path`` as (1, channels, height, width) uint8, 0..255.
+    """The picture in `path` as (1, channels, height, width) uint8, 0..255.
 
-    ``channels``: 1 (grey) or 3 (RGB). Turned as its EXIF note says; transparency is laid on white; 16-bit
+    `channels`: 1 (grey) or 3 (RGB). Turned as its EXIF note says; transparency is laid on white; 16-bit
     grey is scaled to 8; of an animation the first frame is taken. Where the size differs, the picture is
     resized (bilinear with antialias) to just cover (height, width), and its centre cropped. A network whose
     scale is not 255 needs the result brought to its own levels, which is left to the caller.
-    Raises :class:`DataError` naming the file where it is missing, no picture, damaged, or too large.
+    Raises `DataError` naming the file where it is missing, no picture, damaged, or too large.
     """
     return torch.from_numpy(read_pixels(Path(path), channels, height, width).transpose(2, 0, 1).copy()).unsqueeze(0)
 
 
 def read_pixels(path: Path, channels: int, height: int, width: int) -> np.ndarray:
-    """As :func:`read_image`, in Pillow's layout: (height, width, channels) uint8."""
+    """As `read_image`, in Pillow's layout: (height, width, channels) uint8."""
     if channels not in MODES:
         raise DataError(f"{path}: pictures are read with 1 or 3 channels, not {channels}")
     needs("PIL", "pillow", "reading pictures")
@@ -50,7 +50,7 @@ def read_pixels(path: Path, channels: int, height: int, width: int) -> np.ndarra
 
 
 def opaque(path: Path, image: Picture, mode: str) -> Picture:
-    """``image`` in ``mode``, L or RGB: 16-bit grey scaled to 8, transparency laid on white."""
+    """`image` in `mode`, L or RGB: 16-bit grey scaled to 8, transparency laid on white."""
     from PIL import Image
 
     if image.mode.startswith("I"):
@@ -67,7 +67,7 @@ def opaque(path: Path, image: Picture, mode: str) -> Picture:
 
 
 def fit(path: Path, image: Picture, height: int, width: int) -> Picture:
-    """Resize so that ``image`` just covers (height, width), then cut out the centre; nothing where the size is right."""
+    """Resize so that `image` just covers (height, width), then cut out the centre; nothing where the size is right."""
     from PIL import Image
 
     if image.size == (width, height):

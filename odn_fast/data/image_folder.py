@@ -1,4 +1,4 @@
-"""A folder of pictures, one sub-folder a class: ``PATH/train/ants/1.jpg`` ... or ``PATH/ants/1.jpg`` ..."""
+"""A folder of pictures, one sub-folder a class: `PATH/train/ants/1.jpg` ... or `PATH/ants/1.jpg` ..."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Listing:
 def load_image_folder(
     path: str, image_size: int | None, val_fraction: float | None, test_fraction: float | None, seed: int
 ) -> DataSet:
-    """Pictures below ``path`` as 3 x image_size x image_size uint8 (default 64), /255 and normalised by the training split.
+    """Pictures below `path` as 3 x image_size x image_size uint8 (default 64), /255 and normalised by the training split.
 
-    With ``path/train`` there, ``path/val`` and ``path/test`` are the other splits; else ``path`` itself holds
-    the classes. A split without a folder is taken from training, stratified by ``seed``: validation by
-    ``val_fraction`` (default 0.1), test by ``test_fraction`` (default: there is none). Classes are the sorted
+    With `path/train` there, `path/val` and `path/test` are the other splits; else `path` itself holds
+    the classes. A split without a folder is taken from training, stratified by `seed`: validation by
+    `val_fraction` (default 0.1), test by `test_fraction` (default: there is none). Classes are the sorted
     names of the sub-folders, alike in every split; pictures in folders below a class belong to it; hidden
-    files are ignored, other files that are no pictures are ignored with a warning. Raises :class:`DataError`
+    files are ignored, other files that are no pictures are ignored with a warning. Raises `DataError`
     naming the folder or file: no classes, an empty class, a damaged picture, classes that differ.
     """
     root = Path(path).expanduser()
@@ -61,7 +61,7 @@ def load_image_folder(
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Split -> folder of its classes; the training split alone where ``root`` itself holds the classes."""
+    """Split -> folder of its classes; the training split alone where `root` itself holds the classes."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected one with a sub-folder for each class")
     found = {split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLIT_FOLDERS.items()}
@@ -77,7 +77,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def sub_folders(folder: Path) -> tuple[str, ...]:
-    """The sorted names of the folders in ``folder``: its classes, at least one."""
+    """The sorted names of the folders in `folder`: its classes, at least one."""
     names = visible_folders(folder)
     if not names:
         raise DataError(f"{folder}: has no sub-folders; expected one for each class")
@@ -109,7 +109,7 @@ def list_pictures(folder: Path, class_names: tuple[str, ...], train_folder: Path
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file in ``folder`` and the folders below it, sorted; nothing hidden, no folder twice."""
+    """Every file in `folder` and the folders below it, sorted; nothing hidden, no folder twice."""
     files, seen = [], set()
 
     def fail(error: OSError) -> None:

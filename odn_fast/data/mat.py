@@ -1,4 +1,4 @@
-"""Numeric arrays out of MATLAB 5 files (``.mat``), with every size checked before it is used.
+"""Numeric arrays out of MATLAB 5 files (`.mat`), with every size checked before it is used.
 
 A file is 128 bytes of header, then elements: type, size, that many bytes. An element is a matrix (flags,
 dimensions, name, numbers, each again an element) or a zlib stream of one. scipy.io.loadmat was left aside:
@@ -57,9 +57,9 @@ class Cursor:
 
 
 def read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays called ``names``, real numbers of any type and shape; read-only, in column order.
+    """The arrays called `names`, real numbers of any type and shape; read-only, in column order.
 
-    Raises :class:`DataError` naming the file where one is missing, there twice, or no array of numbers, and
+    Raises `DataError` naming the file where one is missing, there twice, or no array of numbers, and
     where any part of the file is damaged.
     """
     regular_file_size(path)

@@ -1,6 +1,6 @@
 """Numpy arrays inside a pickle: the three names, two calls and two states that numpy writes, and no others.
 
-Used by ``plain_pickle``; nothing here looks a name up or calls what a file names.
+Used by `plain_pickle`; nothing here looks a name up or calls what a file names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BYTE_ORDERS = ("<", ">", "|", "=", b"<", b">", b"|", b"=")
 
 
 class Name:
-    """A global name met in the file: text. Raises :class:`DataError` unless numpy's arrays need it."""
+    """A global name met in the file: text. Raises `DataError` unless numpy's arrays need it."""
 
     def __init__(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
@@ -38,14 +38,14 @@ class PendingType:
 
 
 class PendingArray:
-    """A numpy array between ``_reconstruct`` and its state; ``value`` is None until the state has come."""
+    """A numpy array between `_reconstruct` and its state; `value` is None until the state has come."""
 
     def __init__(self) -> None:
         self.value: np.ndarray | None = None
 
 
 def finished(value: Any) -> Any:
-    """``value`` as data: the array of a finished PendingArray. Names and unfinished values are no data."""
+    """`value` as data: the array of a finished PendingArray. Names and unfinished values are no data."""
     if type(value) is PendingArray and value.value is not None:
         return value.value
     if type(value) in (Name, PendingType, PendingArray):
@@ -84,7 +84,7 @@ def set_state(target: Any, state: Any) -> None:
 
 
 def ordered(element: np.dtype, state: tuple[Any, ...]) -> np.dtype:
-    """``element`` in the byte order of (version, order, subarray, names, fields, item size, alignment, flags)."""
+    """`element` in the byte order of (version, order, subarray, names, fields, item size, alignment, flags)."""
     plain = len(state) >= 5 and type(state[1]) in (str, bytes) and state[1] in BYTE_ORDERS
     if not plain or any(part is not None for part in state[2:5]):
         raise DataError("pickle holds an array of structured type; only plain numbers are read")

@@ -3,8 +3,8 @@
 A pickle is a program for a stack machine, and Python's own reader runs whatever it says. CIFAR comes as
 pickles, so this module is a machine of its own that knows only the instructions for numbers, strings, lists,
 tuples, dictionaries and numpy arrays. It imports nothing, calls nothing and has no object to set an attribute
-on: a name such as ``os.system`` is a piece of text to it, and :class:`DataError` says that it was refused.
-Python's C reader with a filtered ``find_class`` was left aside: it reserves memory for any memo index or
+on: a name such as `os.system` is a piece of text to it, and `DataError` says that it was refused.
+Python's C reader with a filtered `find_class` was left aside: it reserves memory for any memo index or
 string length a file claims, and hashes tuples nested deep enough to overflow the stack.
 """
 
@@ -20,9 +20,9 @@ MARK = object()
 
 
 def load_plain(data: bytes) -> Any:
-    """The value pickled in ``data``: int, float, bool, None, bytes, str, list, tuple, dict, numpy array.
+    """The value pickled in `data`: int, float, bool, None, bytes, str, list, tuple, dict, numpy array.
 
-    Strings written by Python 2 come as bytes. Raises :class:`DataError` on any other instruction, name,
+    Strings written by Python 2 come as bytes. Raises `DataError` on any other instruction, name,
     array element type or dictionary key, on a file cut short and on bytes after the end.
     """
     machine = Machine(data)

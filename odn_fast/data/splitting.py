@@ -25,12 +25,12 @@ Part = TypeVar("Part", bound=Labelled)
 
 
 def class_quotas(class_counts: Tensor, total: int, at_least: int = 0, leave: int = 0) -> Tensor:
-    """How many images of each class make ``total``, class shares kept by largest remainder.
+    """How many images of each class make `total`, class shares kept by largest remainder.
 
-    ``class_counts`` (K,) int64. A class gives ``at_least`` images where it has them, and keeps ``leave``
+    `class_counts` (K,) int64. A class gives `at_least` images where it has them, and keeps `leave`
     images back; where these bounds bite, the other classes make up for it. Integers throughout, equal
-    remainders go to the lower class, so the result is exact. Returns (K,) int64 that sums to ``total``;
-    raises :class:`DataError` where the bounds leave no such choice.
+    remainders go to the lower class, so the result is exact. Returns (K,) int64 that sums to `total`;
+    raises `DataError` where the bounds leave no such choice.
     """
     count = int(class_counts.sum())
     lower = class_counts.clamp(max=at_least)
@@ -55,7 +55,7 @@ def class_quotas(class_counts: Tensor, total: int, at_least: int = 0, leave: int
 def stratified_choice(labels: Tensor, total: int, seed: int, at_least: int = 0, leave: int = 0) -> Tensor:
     """Positions (total,) int64, ascending, of a seeded random choice that keeps the class shares.
 
-    ``labels`` (N,) int64; bounds as in :func:`class_quotas`.
+    `labels` (N,) int64; bounds as in `class_quotas`.
     """
     generator = torch.Generator().manual_seed(seed)
     quotas = class_quotas(torch.bincount(labels), total, at_least, leave)
@@ -69,11 +69,11 @@ def stratified_choice(labels: Tensor, total: int, seed: int, at_least: int = 0, 
 def fill_missing_splits(
     splits: dict[str, Part], val_fraction: float | None, test_fraction: float | None, seed: int, where: str
 ) -> dict[str, Part]:
-    """``splits`` with what is missing held out of ``"train"``, stratified by ``seed``.
+    """`splits` with what is missing held out of `"train"`, stratified by `seed`.
 
-    ``"validation"`` gets ``val_fraction`` (default 0.1) of the training images given, ``"test"``
-    ``test_fraction`` of them (default: there is none), each at least one image; every class keeps at least
-    one for training. Raises :class:`DataError` where that is impossible, or a fraction is given for a split
+    `"validation"` gets `val_fraction` (default 0.1) of the training images given, `"test"`
+    `test_fraction` of them (default: there is none), each at least one image; every class keeps at least
+    one for training. Raises `DataError` where that is impossible, or a fraction is given for a split
     that is there.
     """
     filled = dict(splits)
@@ -99,7 +99,7 @@ def fill_missing_splits(
 
 
 def complement(positions: Tensor, count: int) -> Tensor:
-    """The positions of 0..count-1 that are not in ``positions``, ascending, int64."""
+    """The positions of 0..count-1 that are not in `positions`, ascending, int64."""
     kept = torch.ones(count, dtype=torch.bool)
     kept[positions] = False
     return torch.nonzero(kept).flatten()

@@ -1,4 +1,4 @@
-"""SVHN, cropped digits: the official ``train_32x32.mat`` and ``test_32x32.mat``."""
+"""SVHN, cropped digits: the official `train_32x32.mat` and `test_32x32.mat`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ VALIDATION, OFFICIAL = 5_000, 73_257
 
 
 def load_svhn(data_dir: Path, download: bool) -> DataSet:
-    """SVHN from ``data_dir/SVHN``, or from ``data_dir`` itself where the files lie there; 3x32x32 uint8.
+    """SVHN from `data_dir/SVHN`, or from `data_dir` itself where the files lie there; 3x32x32 uint8.
 
     The files count digits 1..9 and 10 for zero; here digit d is class d. Validation is the last 5,000
-    training images. Raises :class:`DataError` naming the file that is missing or damaged.
+    training images. Raises `DataError` naming the file that is missing or damaged.
     """
     usual = Path(data_dir) / "SVHN"
     places = (usual, Path(data_dir))

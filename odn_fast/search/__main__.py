@@ -69,6 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped by {stop}; go on with: python -m odn_fast.search --resume "
               f"{stop.folder}", file=sys.stderr)
         return stop.exit_status
+    except KeyboardInterrupt:
+        display.close()
+        print("stopped before the run had begun", file=sys.stderr)
+        return 130
     except (FolderError, ValueError) as error:  # ConfigError, DataError and ModelError are ValueErrors
         return _fail(display, error, 2)
     except RunError as error:

@@ -212,15 +212,21 @@ def _announce(search: Search, tuned: bool, resumed: bool):
     rows = depth_rows(search.model, data, config.training.batch_size, precision, config.run.device)
     search.folder.event("table", rows=rows)
     search.display.depths(rows)
-    warm_up = config.training.warm_up_epochs * rows[-1]["seconds_per_epoch"]
-    depths = rows[config.search.initial_depth - 1:search.last_depth]
+    say(_estimate(config, rows, rows[config.search.initial_depth - 1:search.last_depth]))
+
+
+def _estimate(config: ExpandConfig, rows: list[dict], depths: list[dict]) -> str:
+    """How long the search may take, from the estimated time of an epoch at every depth."""
+    seconds = [row["seconds_per_epoch"] for row in depths]
+    warm_up = f"estimated: warm-up {_duration(config.training.warm_up_epochs * rows[-1]['seconds_per_epoch'])}"
+    if config.search.epochs_per_depth:
+        longest = sum(epochs * each for epochs, each in zip(config.search.epochs_per_depth, seconds))
+        return f"{warm_up}, search at most {_duration(longest)}"
     if config.search.epochs_cap:
-        longest = sum(row["seconds_per_epoch"] for row in depths) * config.search.epochs_cap
-        say(f"estimated: warm-up {_duration(warm_up)}, search at most {_duration(longest)} over all depths, "
-            "then fine-tuning until it converges")
-    else:
-        say(f"estimated: warm-up {_duration(warm_up)}; a depth trains until 23 epochs bring no improvement, "
-            f"at least {_duration(24 * depths[0]['seconds_per_epoch'])} at depth {depths[0]['depth']}")
+        longest = config.search.epochs_cap * sum(seconds)
+        return f"{warm_up}, search at most {_duration(longest)} over all depths, then fine-tuning until it converges"
+    return (f"{warm_up}; a depth trains until 23 epochs bring no improvement, at least {_duration(24 * seconds[0])} "
+            f"at depth {depths[0]['depth']}")
 
 
 def _result(search: Search) -> Result:
