@@ -7,9 +7,10 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 
-BIN := $(CURDIR)/$(VENV)/bin
-export PATH := $(BIN):$(PATH)
-READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# One stamp per PyTorch that was asked for: another TORCH sets up again.
+READY := $(VENV)/.ready-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: setup search test test-all sanitize bench clean
@@ -17,10 +18,11 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 setup: $(READY)
 
 $(READY): $(BUILD_INPUTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja pybind11 "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[test]"
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) cmake ninja pybind11 "setuptools>=77" wheel
+	$(PIP) --no-build-isolation -e ".[test]"
+	rm -f $(VENV)/.ready-*
 	touch $(READY)
 
 search: $(READY)
@@ -32,15 +34,18 @@ test: $(READY)
 
 test-all: test sanitize
 
+SANITIZED = PYTHONPATH="$(CURDIR)/build/sanitize/tree" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
+
 # A build of its own, in a copy of the package, so that the ordinary one stays as it is.
 sanitize: $(READY)
 	rm -rf build/sanitize/tree && mkdir -p build/sanitize/tree && cp -r odn_fast build/sanitize/tree/
-	cmake -G Ninja -S . -B build/sanitize -DPython_EXECUTABLE=$(BIN)/python -DODN_FAST_SANITIZE=ON \
-		-DODN_FAST_OUTPUT=$(CURDIR)/build/sanitize/tree/odn_fast
-	cmake --build build/sanitize
-	PYTHONPATH=build/sanitize/tree ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		$(BIN)/pytest -q tests/test_exit_heads.py -k "not compiles and not export"
+	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DODN_FAST_SANITIZE=ON \
+		-DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DODN_FAST_OUTPUT="$(CURDIR)/build/sanitize/tree/odn_fast"
+	$(BIN)/cmake --build build/sanitize
+	cd build/sanitize/tree && $(SANITIZED) ../../../$(BIN)/python -c "from odn_fast import _extension as e; \
+		assert e.available, e.reason; assert 'sanitize' in e.__file__, e.__file__"
+	$(SANITIZED) $(BIN)/pytest -q tests/test_exit_heads.py -k "not compiles and not export"
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q -s bench

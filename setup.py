@@ -24,8 +24,10 @@ def why_not_built() -> str:
     if os.environ.get("ODN_FAST_BUILD_EXTENSION") == "0":
         return "ODN_FAST_BUILD_EXTENSION=0"
     missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=SEARCH_PATH) is None]
-    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++")):
         missing.append("a C++ compiler")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing.append("Python.h, such as Debian's python3-dev")
     missing += [f"the Python package {name}" for name in ("torch", "pybind11") if find_spec(name) is None]
     return f"missing: {', '.join(missing)}" if missing else ""
 

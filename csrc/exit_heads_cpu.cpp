@@ -28,26 +28,39 @@ inline double exponential(double value) { return __builtin_exp(value); }
 inline float logarithm(float value) { return __builtin_logf(value); }
 inline double logarithm(double value) { return __builtin_log(value); }
 
+// Long sums are sums of sums over groups: the rounding error of a group is that of a short sum, and there are few groups.
+constexpr int64_t group = 64;
+
 // Adjacent channels (channels_last): sum over rows of C. Eight rows are added as a tree, so that memory is read
-// in long runs, `sum` is touched once per eight rows and rounding errors stay those of a short sum.
+// in long runs and `part` is touched once per eight rows.
 template <typename Storage, typename Real>
 void pool_rows(const ForwardHead& head, const Storage* image, Real* sum) {
-  const int64_t channels = head.channels, stride = head.position_stride;
-  for (int64_t c = 0; c < channels; ++c) sum[c] = 0;
-  int64_t position = 0;
-  for (; position + 8 <= head.positions; position += 8) {
-    const Storage* row = image + position * stride;
+  constexpr int64_t block = 512;  // channels at a time; fewer than 512 are one pass over memory
+  Real part[block];
+  const int64_t stride = head.position_stride;
+  for (int64_t first = 0; first < head.channels; first += block) {
+    const int64_t channels = head.channels - first < block ? head.channels - first : block;
+    for (int64_t c = 0; c < channels; ++c) sum[first + c] = 0;
+    for (int64_t begin = 0; begin < head.positions; begin += group) {
+      const int64_t end = head.positions - begin < group ? head.positions : begin + group;
+      for (int64_t c = 0; c < channels; ++c) part[c] = 0;
+      int64_t position = begin;
+      for (; position + 8 <= end; position += 8) {
+        const Storage* row = image + first + position * stride;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      const Storage* x = row + c;
-      sum[c] += ((read(x[0]) + read(x[stride])) + (read(x[2 * stride]) + read(x[3 * stride]))) +
-                ((read(x[4 * stride]) + read(x[5 * stride])) + (read(x[6 * stride]) + read(x[7 * stride])));
+        for (int64_t c = 0; c < channels; ++c) {
+          const Storage* x = row + c;
+          part[c] += ((read(x[0]) + read(x[stride])) + (read(x[2 * stride]) + read(x[3 * stride]))) +
+                     ((read(x[4 * stride]) + read(x[5 * stride])) + (read(x[6 * stride]) + read(x[7 * stride])));
+        }
+      }
+      for (; position < end; ++position) {
+        const Storage* row = image + first + position * stride;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) part[c] += read(row[c]);
+      }
+      for (int64_t c = 0; c < channels; ++c) sum[first + c] += part[c];
     }
-  }
-  for (; position < head.positions; ++position) {
-    const Storage* row = image + position * stride;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) sum[c] += read(row[c]);
   }
 }
 
@@ -57,16 +70,20 @@ void pool_planes(const ForwardHead& head, const Storage* image, Real* sum) {
   constexpr int64_t lanes = 16;
   for (int64_t c = 0; c < head.channels; ++c) {
     const Storage* plane = image + c * head.channel_stride;
-    Real lane[lanes] = {};
+    Real total = 0;
     int64_t position = 0;
-    for (; position + lanes <= head.positions; position += lanes) {
+    while (position + lanes <= head.positions) {
+      Real lane[lanes] = {};
+      for (int64_t i = 0; i < group && position + lanes <= head.positions; ++i, position += lanes) {
 #pragma omp simd
-      for (int64_t i = 0; i < lanes; ++i) lane[i] += read(plane[position + i]);
+        for (int64_t l = 0; l < lanes; ++l) lane[l] += read(plane[position + l]);
+      }
+      total += (((lane[0] + lane[8]) + (lane[4] + lane[12])) + ((lane[2] + lane[10]) + (lane[6] + lane[14]))) +
+               (((lane[1] + lane[9]) + (lane[5] + lane[13])) + ((lane[3] + lane[11]) + (lane[7] + lane[15])));
     }
     Real rest = 0;
     for (; position < head.positions; ++position) rest += read(plane[position]);
-    sum[c] = rest + (((lane[0] + lane[8]) + (lane[4] + lane[12])) + ((lane[2] + lane[10]) + (lane[6] + lane[14]))) +
-             (((lane[1] + lane[9]) + (lane[5] + lane[13])) + ((lane[3] + lane[11]) + (lane[7] + lane[15])));
+    sum[c] = total + rest;
   }
 }
 
@@ -151,27 +168,34 @@ void forward(const Forward& p, int64_t first_image, int64_t last_image) {
   }
 }
 
-// sum[c] = sum over i < terms of factor[i * factor_stride] * row_i[c], four rows at a time.
+// sum[c] = sum over i < terms of factor[i * factor_stride] * row_i[c], four rows at a time; at most channels_per_block
+// channels.
 template <typename Real>
 void weighted_rows(int64_t terms, const Real* factor, int64_t factor_stride, const Real* rows, int64_t row_stride,
                    int64_t channels, Real* sum) {
+  Real part[channels_per_block];
   for (int64_t c = 0; c < channels; ++c) sum[c] = 0;
-  int64_t i = 0;
-  for (; i + 4 <= terms; i += 4) {
-    const Real* row = rows + i * row_stride;
-    const Real factor0 = factor[i * factor_stride], factor1 = factor[(i + 1) * factor_stride];
-    const Real factor2 = factor[(i + 2) * factor_stride], factor3 = factor[(i + 3) * factor_stride];
+  for (int64_t begin = 0; begin < terms; begin += group) {
+    const int64_t end = terms - begin < group ? terms : begin + group;
+    for (int64_t c = 0; c < channels; ++c) part[c] = 0;
+    int64_t i = begin;
+    for (; i + 4 <= end; i += 4) {
+      const Real* row = rows + i * row_stride;
+      const Real factor0 = factor[i * factor_stride], factor1 = factor[(i + 1) * factor_stride];
+      const Real factor2 = factor[(i + 2) * factor_stride], factor3 = factor[(i + 3) * factor_stride];
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      sum[c] += (factor0 * row[c] + factor1 * row[c + row_stride]) +
-                (factor2 * row[c + 2 * row_stride] + factor3 * row[c + 3 * row_stride]);
+      for (int64_t c = 0; c < channels; ++c) {
+        part[c] += (factor0 * row[c] + factor1 * row[c + row_stride]) +
+                   (factor2 * row[c + 2 * row_stride] + factor3 * row[c + 3 * row_stride]);
+      }
     }
-  }
-  for (; i < terms; ++i) {
-    const Real* row = rows + i * row_stride;
-    const Real factor0 = factor[i * factor_stride];
+    for (; i < end; ++i) {
+      const Real* row = rows + i * row_stride;
+      const Real factor0 = factor[i * factor_stride];
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) sum[c] += factor0 * row[c];
+      for (int64_t c = 0; c < channels; ++c) part[c] += factor0 * row[c];
+    }
+    for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
   }
 }
 
@@ -201,7 +225,12 @@ void backward(const Backward& p, const BackwardHead& head, int64_t first_channel
     Real* bias_gradient = static_cast<Real*>(p.bias_gradients) + head.depth * p.classes;
     for (int64_t k = 0; k < p.classes; ++k) {
       Real total = 0;
-      for (int64_t image = 0; image < p.batch; ++image) total += logit_gradients[image * p.classes + k];
+      for (int64_t begin = 0; begin < p.batch; begin += group) {
+        const int64_t end = p.batch - begin < group ? p.batch : begin + group;
+        Real part = 0;
+        for (int64_t image = begin; image < end; ++image) part += logit_gradients[image * p.classes + k];
+        total += part;
+      }
       bias_gradient[k] = grad_loss * total;
     }
   }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-HOW_TO_BUILD = "build it with: pip install --no-build-isolation -e ."
+HOW_TO_BUILD = "build it with: pip install cmake ninja pybind11 setuptools && pip install --no-build-isolation -e ."
 
 
 def _load():

@@ -57,7 +57,7 @@ class TrainingConfig(_Section):
 
 class RunConfig(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "cpu"
     checkpoint_minutes: Positive = 5.0
@@ -89,6 +89,7 @@ RECIPES = {
     "fashion-mnist": {"search.target_accuracy": 94.5},
     "emnist-letters": {"search.target_accuracy": 95.0},
     "svhn": {"search.target_accuracy": 96.0, "training.lr": 0.1, "training.warm_up_lr": 0.01},
+    "cifar100": {"search.target_accuracy": 70.0},
     "cifar10": {"search.target_accuracy": 94.5, "training.warm_up_epochs": 0, "training.deeper_lr_scale": 1.0},
 }
 
@@ -130,8 +131,18 @@ def resolve(config: ExpandConfig) -> ExpandConfig:
         if values["search.epochs_cap"] is not None:
             raise ConfigError("search.epochs_cap: does not go with search.epochs_per_depth, which fixes the epochs")
         recipe = {path: value for path, value in recipe.items() if path != "search.epochs_cap"}
+    if "epochs_cap" in config.search.model_fields_set:  # given, perhaps as null: no cap
+        recipe = {path: value for path, value in recipe.items() if path != "search.epochs_cap"}
     values |= {path: value for path, value in recipe.items() if values[path] is None}
-    return from_values(values)
+    return absolute_paths(from_values(values))
+
+
+def absolute_paths(config: ExpandConfig) -> ExpandConfig:
+    """The same configuration with absolute paths: a run is resumed from any folder."""
+    kind, colon, path = config.data.dataset.partition(":")
+    dataset = f"{kind}:{Path(path).expanduser().resolve()}" if colon and path else config.data.dataset
+    data_dir = str(Path(config.data.data_dir).expanduser().resolve())
+    return from_values({"data.dataset": dataset, "data.data_dir": data_dir}, config.model_dump())
 
 
 def flat(config: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -9,13 +9,14 @@ import hashlib
 import inspect
 import json
 import keyword
+import math
 import operator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load as load_weights
+from safetensors.torch import save
 from torch import fx, nn
 
 from .engine import FoldedNetwork, graph_module
@@ -24,7 +25,7 @@ from .record import write_atomically
 _FORMAT = 1
 _MODULES = {kind.__name__: kind for kind in (
     nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU,
-    nn.Identity, nn.Flatten, nn.Dropout, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d)}
+    nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d)}
 _FUNCTIONS = {"add": operator.add, "mul": operator.mul, "cat": torch.cat, "flatten": torch.flatten,
               "relu": nn.functional.relu, "adaptive_avg_pool2d": nn.functional.adaptive_avg_pool2d}
 _METHODS = ("flatten", "mean", "add", "mul")
@@ -79,15 +80,18 @@ def load(folder: str | Path, fold: bool = False) -> nn.Module:
     """
     folder = model_folder(folder)
     data = _read_json(folder / "network.json")
+    weights = _read(folder / "model.safetensors")
+    if (folder / "manifest.json").exists():
+        _verify(folder, {"model.safetensors": weights, "network.json": _read(folder / "network.json")})
     with torch.device("meta"):
         network = graph_from_data(data.get("graph"), folder / "network.json")
     try:
-        network.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        network.load_state_dict(load_weights(weights), assign=True)
+        network.eval()
+        return FoldedNetwork(network) if fold else network
+    except Exception as error:  # whatever the files hold, one line says what is wrong
         detail = " ".join(str(error).split())
         raise ModelError(f"{folder / 'model.safetensors'}: does not hold this network's weights ({detail:.200})") from None
-    network.eval()
-    return FoldedNetwork(network) if fold else network
 
 
 def describe(folder: str | Path) -> Description:
@@ -99,9 +103,12 @@ def describe(folder: str | Path) -> Description:
         network_input = NetworkInput(tuple(int(n) for n in given["shape"]), float(given["scale"]),
                                      tuple(map(float, given["mean"])), tuple(map(float, given["std"])))
         description = Description(network_input, tuple(map(str, data["class_names"])), str(data["model"]), int(data["depth"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{path}: input, class_names, model or depth is missing or wrong ({error!r})") from None
     channels = len(network_input.mean)
+    numbers = (network_input.scale, *network_input.mean, *network_input.std)
+    if not all(map(math.isfinite, numbers)) or network_input.scale <= 0 or min(network_input.std, default=0) <= 0:
+        raise ModelError(f"{path}: input: expected finite numbers, scale > 0 and std > 0")
     if len(network_input.shape) != 3 or channels != len(network_input.std) or channels != network_input.shape[0]:
         raise ModelError(f"{path}: input: expected a shape (C, H, W) with one mean and std per channel")
     return description
@@ -134,7 +141,7 @@ def graph_from_data(data: dict, path: Path) -> fx.GraphModule:
             made[entry["name"]] = _node_from_data(graph, entry, made, modules)
         graph.lint()
         return graph_module(modules, graph)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever the file holds, one line says what is wrong
         raise ModelError(f"{path}: does not describe a network this version can build ({error!r:.200})") from None
 
 
@@ -194,11 +201,21 @@ def _node_from_data(graph: fx.Graph, entry: dict, made: dict[str, fx.Node], modu
     def argument(value):
         if isinstance(value, dict):
             return made[value["node"]]
-        return [argument(item) for item in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [argument(item) for item in value]
+        if isinstance(value, (int, float)) and not abs(value) <= 2 ** 31:
+            raise ValueError(f"number {value}")
+        return value
 
     arguments = tuple(argument(value) for value in entry["args"])
+    if op in ("call_function", "call_method") and not _has_node(arguments[0]):
+        raise ValueError(f"{entry['name']} is not computed from the input")  # it would run while the network is read
     keywords = {_identifier(key): argument(value) for key, value in entry["kwargs"].items()}
     return graph.create_node(op, target, arguments, keywords, name=_identifier(entry["name"]))
+
+
+def _has_node(argument: object) -> bool:
+    return isinstance(argument, fx.Node) or isinstance(argument, list) and all(map(_has_node, argument)) and bool(argument)
 
 
 def _identifier(name: object) -> str:
@@ -208,13 +225,30 @@ def _identifier(name: object) -> str:
     return name
 
 
-def _read_json(path: Path) -> dict:
+def _verify(folder: Path, files: dict[str, bytes]):
+    """Compare files with the checksums in the manifest."""
+    expected = _read_json(folder / "manifest.json", with_format=False).get("sha256")
+    for name, content in files.items():
+        if not isinstance(expected, dict) or expected.get(name) != hashlib.sha256(content).hexdigest():
+            raise ModelError(f"{folder / name}: is not the file that manifest.json was written for (its checksum differs)")
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise ModelError(f"{path}: is missing")
     try:
-        data = json.loads(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_json(path: Path, with_format: bool = True) -> dict:
+    try:
+        data = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: is not JSON ({error})") from None
+    if not with_format and isinstance(data, dict):
+        return data
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ModelError(f"{path}: expected format {_FORMAT}; it was written by another version or is damaged")
     return data

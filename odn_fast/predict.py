@@ -25,6 +25,10 @@ class Predictor:
         self.description: Description = describe(folder)
         self._network = load(folder, fold=True)
         given = self.description.input
+        logits = self._network(torch.zeros(1, *given.shape))
+        if logits.shape != (1, len(self.description.class_names)):
+            raise ModelError(f"model {folder}: gives outputs of {tuple(logits.shape)} for "
+                             f"{len(self.description.class_names)} class names; network.json is damaged")
         self._normalisation = Normalisation(given.scale, given.mean, given.std)
 
     @torch.inference_mode()

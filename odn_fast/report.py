@@ -8,7 +8,6 @@ unfinished run gives a report of what there is and says that it is unfinished.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import yaml
 from odn_fast._report_page import (
     compared, counted, escaped, figures, listed, milliseconds, page, pair, percent, plot, printable, reduction, table)
 from odn_fast._report_plots import confusion_plot, interval, learning_curves, size_plot, wilson
-from odn_fast.record import RunError
+from odn_fast.record import RunError, write_atomically
 
 _PHASES = {"warm_up": "warm-up", "search": "search", "fine_tune": "fine-tuning", "baseline": "baseline"}
 _OUTCOMES = {"passed": "passed", "converged": "converged", "cap": "cap reached", "epochs": "all its epochs done",
@@ -406,12 +405,10 @@ def _write(folder: Path, run: Run) -> Path:
         state, lead = "met" if run.result["target_met"] else "missed", figures(_cards(run))
     warned = dict.fromkeys(event["text"] for event in run.events["warning"])
     text = page(title, state, headline(run), lead, notes(run), warned, _sections(run))
-    path, aside = folder / "report.html", folder / ".report.html.tmp"
+    path = folder / "report.html"
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        write_atomically(path, text.encode())
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise RunError(f"{path}: cannot be written ({error.strerror}); make the folder writable, or free space") from None
     return path
 

@@ -218,11 +218,21 @@ def test_precision_names():
         resolve_precision("fp16", "cpu")
 
 
-def test_allocator_answers():
-    assert tune_allocator() in (True, False)
+def test_tuned_allocator_keeps_large_blocks():
+    """A freed block of 64 MB stays with the process, so that its pages do not fault again."""
+    import resource
+    if not tune_allocator():
+        pytest.skip("this C library has no mallopt")
+    for _ in range(2):
+        torch.ones(16 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(16 << 20)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2 * 16384  # four blocks are 65,536 pages
 
 
 def test_a_signal_waits_where_it_is_deferred_and_raises_elsewhere():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may have it ignored
     with Interrupts() as interrupts:
         with interrupts.deferred():
             signal.raise_signal(signal.SIGTERM)
@@ -232,4 +242,24 @@ def test_a_signal_waits_where_it_is_deferred_and_raises_elsewhere():
     with Interrupts(), pytest.raises(Interrupted) as stop:
         signal.raise_signal(signal.SIGINT)
     assert stop.value.exit_status == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGINT)
+            assert interrupts.pending is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_network_that_ends_an_epoch_with_weights_that_are_not_finite_is_not_kept():
+    """The last step's loss was finite, its update was not."""
+    model, data, _ = setup()
+    batches = Batches(*make_data(), 60, seed=3)  # one step an epoch
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e39, fused=True)
+    training = Training(1e39)
+    outcome = run_fit(model, FitData(batches, "depth 3", data.validate), optimizer, Note(), Convergence(cap=3), training)
+    assert outcome == "diverged" and training.best_weights is None

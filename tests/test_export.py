@@ -1,6 +1,7 @@
 """The artefact: there and back, and nothing in it that can execute or mislead."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -58,10 +59,14 @@ def test_a_trained_network_can_be_trained_on(saved):
 
 
 def damaged(folder: Path, change) -> Path:
+    """The folder with a changed network.json, and a manifest that vouches for it."""
     path = folder / "network.json"
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"]["network.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 
@@ -78,6 +83,10 @@ def damaged(folder: Path, change) -> Path:
     lambda data: data["graph"]["modules"]["stem.0"]["arguments"].update(in_channels=3),
     lambda data: data["graph"]["modules"]["stem.0"]["arguments"].update(out_channels=2 ** 40),
     lambda data: data["graph"]["modules"]["stem.0"]["arguments"].update(device="cpu"),
+    lambda data: data["graph"]["nodes"].insert(1, {**data["graph"]["nodes"][0], "name": "other"}),
+    lambda data: data["graph"]["nodes"].insert(1, {"name": "huge", "op": "call_function", "target": "mul", "args": [[0], 50000000],
+                                                   "kwargs": {}}),
+    lambda data: data["graph"]["nodes"][1].update(args=[{"node": "x"}, 10 ** 30]),
     lambda data: data["graph"].pop("nodes"),
     lambda data: data.pop("graph"),
     lambda data: data.update(format=2)])
@@ -89,7 +98,18 @@ def test_a_changed_structure_is_refused(saved, change, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
 
 
+def test_a_changed_weight_is_refused(saved):
+    path = saved[0] / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="its checksum differs"):
+        load(saved[0])
+
+
 @pytest.mark.parametrize("change, words", [
+    (lambda data: data["input"].update(scale=float("nan")), "finite"),
+    (lambda data: data["input"].update(shape=[1, 8, float("inf")]), "input"),
     (lambda data: data.pop("input"), "input"), (lambda data: data["input"].update(shape=[1, 8]), "shape"),
     (lambda data: data["input"].update(mean=[0.0, 1.0]), "mean"), (lambda data: data.update(class_names=3), "class_names")])
 def test_a_changed_description_is_refused(saved, change, words):
@@ -111,6 +131,7 @@ def test_weights_of_another_network_are_refused(saved, tmp_path):
     other = tmp_path / "other"
     save_model(other, create("resnet18", 1, 10).extract(1), DESCRIPTION, {})
     (saved[0] / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    (saved[0] / "manifest.json").unlink()
     with pytest.raises(ModelError, match="does not hold this network's weights"):
         load(saved[0])
 
@@ -124,7 +145,7 @@ def test_a_network_from_python_is_stored_or_refused_by_name(tmp_path):
     model = tiny(dtype=torch.float32)
     save_model(tmp_path / "model", model.extract(2), DESCRIPTION, {})
     x = torch.randn(2, 2, 6, 6)
-    assert torch.equal(load(tmp_path / "model")(x), copy.deepcopy(model).eval()(x, 2))
+    torch.testing.assert_close(load(tmp_path / "model")(x), copy.deepcopy(model).eval()(x, 2), rtol=0, atol=0)
     odd = DepthNetwork(nn.Identity(), [nn.PReLU()], [2], 3)
     with pytest.raises(ModelError, match="module blocks.0: PReLU cannot be stored"):
         export.graph_to_data(odd.extract(1))

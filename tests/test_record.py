@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from odn_fast.record import RunError, RunFolder, write_atomically
+from odn_fast.record import FolderError, RunError, RunFolder, write_atomically
 
 
 @pytest.fixture
@@ -125,6 +125,16 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be made"):
         RunFolder.create(tmp_path / "file" / "run", "")
+
+
+def test_full_disk_at_the_start_leaves_no_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(FolderError, match="cannot be written .No space left on device.; name a folder with room"):
+        RunFolder.create(tmp_path / "run", "model: resnet18")
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_run_folder(tmp_path):

@@ -10,11 +10,11 @@ import odn_fast
 from odn_fast.config import ConfigError
 from odn_fast.data import Normalisation
 from odn_fast.engine import accuracy, confusion
+from odn_fast.export import ModelError
 from odn_fast.record import RunError, RunFolder
-from odn_fast.search import expand
-from odn_fast.search.display import Silent
-from odn_fast.search.expansion import resume_expansion
+from odn_fast.search import expand, resume
 from odn_fast.search.phases import _best_depth
+from odn_fast.search.recorder import Recorder
 
 
 def images(count, seed, learnable=True):
@@ -75,7 +75,8 @@ def test_learning_rates(met, missed):
 def test_no_depth_passes(missed):
     searched = [event for event in events(missed, "depth") if event["phase"] == "search"]
     assert not missed.target_met and [event["depth"] for event in searched] == [1, 2, 3]
-    assert missed.depth == _best_depth(searched)
+    rounded = [round(event["best_accuracy"], 1) for event in searched]
+    assert missed.depth == 1 + rounded.index(max(rounded))
     assert events(missed, "chosen")[0]["target_met"] is False
 
 
@@ -123,12 +124,12 @@ def test_every_depth_starts_from_the_warmed_up_weights(tmp_path):
     result = search(tmp_path, lr=1e-12, epochs_cap=1, target=99.9, warm_up_epochs=2, max_depth=2, epochs_per_depth=None)
     with RunFolder.open(result.folder) as folder:
         warm = folder.load_state("warm-up")["model"]
-        for depth in (1, 2):
-            trained = folder.load_state(f"depth-{depth:02}")["model"]
-            weights = {name for name in trained if name.endswith("weight") and name.startswith(("stem", "blocks"))}
-            assert weights
-            for name in weights:
-                torch.testing.assert_close(trained[name], warm[name], rtol=0, atol=1e-9, msg=name)
+    for depth in (1, 2):
+        trained = dict(odn_fast.load(result.folder / "depths" / f"depth-{depth:02}").named_parameters())
+        weights = {name for name in trained if name.startswith(("stem", "blocks"))}
+        assert weights
+        for name in weights:
+            torch.testing.assert_close(trained[name].detach(), warm[name], rtol=0, atol=1e-9, msg=name)
 
 
 def test_given_epochs_replace_the_stopping_rule(tmp_path):
@@ -167,29 +168,26 @@ def test_warm_up_diverges(tmp_path):
 
 
 def test_a_finished_run_gives_its_result_again(met):
-    again = resume_expansion(met.folder, model=tiny(dtype=torch.float32), data=data_of(met), display=Silent())
+    again = resume(met.folder, model=tiny(dtype=torch.float32), train=images(80, 0), validation=images(40, 1), test=images(35, 2))
     assert (again.depth, again.test_accuracy, again.depths) == (met.depth, met.test_accuracy, met.depths)
-
-
-def data_of(_):
-    from odn_fast.data import from_arrays
-    return from_arrays(images(80, 0), images(40, 1), images(35, 2))
 
 
 def test_a_run_from_python_is_resumed_from_python(met):
     with pytest.raises(ConfigError, match="resume it from there"):
-        resume_expansion(met.folder, display=Silent())
+        resume(met.folder)
 
 
 def test_other_data_is_refused(met):
-    from odn_fast.data import from_arrays
-    other = from_arrays(images(80, 9), images(40, 1), images(35, 2))
     with pytest.raises(ConfigError, match="checksum differs"):
-        resume_expansion(met.folder, model=tiny(dtype=torch.float32), data=other, display=Silent())
+        resume(met.folder, model=tiny(dtype=torch.float32), train=images(80, 9), validation=images(40, 1), test=images(35, 2))
 
 
 @pytest.mark.parametrize("settings, words", [
     ({"max_depth": 4}, "max_depth: expected at most 3"), ({"initial_depth": 3, "max_depth": 2}, "initial_depth: expected at most 2"),
+    ({"epochs_cap": None, "epochs_per_depth": [1, 1, 1, 1]}, "epochs_per_depth: expected at most 3 numbers"),
+    ({"model": tiny(num_classes=7, dtype=torch.float32)}, "model: has 7 classes, the data has 5"),
+    ({"test_fraction": 0.2}, "test_fraction: makes no sense for data from Python"),
+    ({"val_fraction": 0.2}, "val_fraction: makes no sense where validation is given"),
     ({"device": "abacus"}, "device: abacus is not usable here"), ({"patience": 3}, "patience: no such setting")])
 def test_impossible_requests_are_one_line_before_anything_is_made(tmp_path, settings, words):
     with pytest.raises(ConfigError, match=words):
@@ -201,3 +199,64 @@ def test_accuracy_of_bf16_is_that_of_fp32_within_noise(tmp_path):
     best = {precision: search(tmp_path, precision, precision=precision, target=95).validation_accuracy
             for precision in ("fp32", "bf16")}
     assert min(best.values()) >= 92.5, best
+
+
+def test_a_model_that_cannot_be_stored_is_refused_before_the_run(tmp_path):
+    model = tiny(dtype=torch.float32)
+    model.blocks[2].append(torch.nn.PReLU())
+    with pytest.raises(ModelError, match="module blocks.2.3: PReLU cannot be stored"):
+        search(tmp_path, model=model)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_callers_model_is_left_alone(tmp_path):
+    model = tiny(dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    search(tmp_path, model=model, epochs_cap=1, max_depth=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_smaller_training_split_is_what_is_trained_on(tmp_path):
+    result = search(tmp_path, limit_train=20, epochs_cap=1, max_depth=1)
+    assert events(result, "start")[0]["dataset"]["train"] == 20
+
+
+def test_a_diverging_baseline_does_not_withhold_the_result(tmp_path):
+    result = search(tmp_path, deeper_lr_scale=1e32, baseline="full", max_depth=1, epochs_cap=2)
+    assert result.baseline is None and [event["outcome"] for event in events(result, "depth")][-1] == "diverged"
+    assert (result.folder / "report.html").exists() and len(result.depths) == 3
+
+
+def test_every_reading_of_the_test_split_stays_on_record(tmp_path, monkeypatch):
+    """Stopped between reading the split and saving the checkpoint: the resumed run reads again, and both are recorded."""
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    saved, reading = Recorder.checkpoint, []
+
+    def checkpoint(recorder):
+        if recorder._state.readings and not reading:
+            reading.append(1)
+            stop()
+        saved(recorder)
+
+    monkeypatch.setattr(Recorder, "checkpoint", checkpoint)
+    with pytest.raises(Stopped):
+        search(tmp_path)
+    result = resume(tmp_path / "run", model=tiny(dtype=torch.float32), train=images(80, 0), validation=images(40, 1),
+                    test=images(35, 2))
+    assert len(events(result, "test_reading")) == 2 and len(events(result, "result")) == 1
+    assert len([event for event in events(result, "depth") if event["phase"] == "fine_tune"]) == 1
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(tmp_path):
+    result = search(tmp_path, epochs_cap=1, max_depth=1)
+    lines = len(events(result))
+    for path in (result.folder / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(RunError, match="nothing to go on from"):
+        resume(result.folder, model=tiny(dtype=torch.float32), train=images(80, 0), validation=images(40, 1), test=images(35, 2))
+    assert len(events(result)) == lines

@@ -44,10 +44,10 @@ def accuracy(counts: Tensor) -> float:
 
 
 @torch.inference_mode()
-def measure_latency(network: nn.Module, input_shape: tuple[int, int, int], batch: int = 1, seconds: float = 0.25) -> Latency:
-    """Time forward passes of `batch` images of zeros (C, H, W) for about `seconds`, after a warm-up."""
+def measure_latency(network: nn.Module, input_shape: tuple[int, int, int], seconds: float = 0.25) -> Latency:
+    """Time forward passes of one image of zeros (C, H, W) for about `seconds`, after a warm-up."""
     device = next(network.parameters()).device
-    x = torch.zeros(batch, *input_shape, device=device).to(memory_format=torch.channels_last)
+    x = torch.zeros(1, *input_shape, device=device).to(memory_format=torch.channels_last)
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     times: list[float] = []
     end = time.perf_counter() + seconds

@@ -59,8 +59,8 @@ def fit(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Opti
         record: told of every step and epoch.
         training: updated in place; the best weights on validation are kept in it.
 
-    A loss that is not finite ends the training with the outcome "diverged"; the weights are then the best ones so far
-    (where there are none, as they are).
+    A loss or a weight that is not finite after an epoch ends the training with the outcome "diverged"; the weights are
+    then the best ones so far (where there are none, as they are).
     """
     while (outcome := stop.finished(training)) is None:
         for group in optimizer.param_groups:
@@ -68,7 +68,7 @@ def fit(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Opti
         started, first_step = time.perf_counter(), training.step
         images = train_epoch(model, data, loss, optimizer, config, record, training)
         trained = time.perf_counter()
-        if not torch.isfinite(training.loss_sum).all():
+        if not (torch.isfinite(training.loss_sum).all() and _finite(model)):
             training.diverged = True
         accuracy = None
         if data.validate is not None and not training.diverged:
@@ -113,6 +113,10 @@ def train_epoch(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.op
         training.step += 1
         record.step(model, optimizer, training)
     return training.images - before
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values() if tensor.is_floating_point())
 
 
 def classification_loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ class Interrupts:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # whoever started us wants it ignored
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_):

@@ -29,16 +29,16 @@ _OPTIONS: list[tuple[str, str, Callable, str, str]] = [
     ("--dataset", "data.dataset", str, "NAME", ', '.join(data_sets.NAMES)),
     ("--data-dir", "data.data_dir", str, "DIR", "folder with the official files, in torchvision's layout; what is missing "
                                                 "is downloaded there"),
-    ("--image-size", "data.image_size", int, "PIXELS", "height and width that images of an image folder are brought to"),
+    ("--image-size", "data.image_size", int, "PIXELS", "height and width that images of an image folder are brought to (default: 64)"),
     ("--val-fraction", "data.val_fraction", float, "SHARE", "share of the training images used for validation, 0 to 1, where "
-                                                            "the data has no validation part"),
+                                                            "the data has no validation part (default: 0.1)"),
     ("--test-fraction", "data.test_fraction", float, "SHARE", "share of the images used as test split, 0 to 1, where the data "
                                                               "has none"),
     ("--limit-train", "data.limit_train", int, "N", "use only N training images, every class in its proportion"),
     ("--target-accuracy", "search.target_accuracy", float, "PERCENT", "accuracy wanted on validation"),
     ("--tolerance", "search.tolerance", float, "POINTS", "a depth passes at target - tolerance, in points of percent"),
     ("--initial-depth", "search.initial_depth", int, "D", "first depth that is trained, in blocks"),
-    ("--max-depth", "search.max_depth", int, "D", "last depth that is trained, in blocks"),
+    ("--max-depth", "search.max_depth", int, "D", "last depth that is trained, in blocks (default: the model's full depth)"),
     ("--epochs-cap", "search.epochs_cap", int, "N", "most epochs per depth while searching (fine-tuning is not bound)"),
     ("--epochs-per-depth", "search.epochs_per_depth", lambda text: [int(part) for part in text.split(",")], "N,N,..",
      "exact epochs for the first, second, ... depth in place of the stopping rule, without fine-tuning"),
@@ -46,7 +46,7 @@ _OPTIONS: list[tuple[str, str, Callable, str, str]] = [
     ("--batch-size", "training.batch_size", int, "N", "images per step"),
     ("--lr", "training.lr", float, "RATE", "learning rate at the initial depth"),
     ("--seed", "run.seed", int, "N", "decides initial weights, data order, augmentation and drawn splits"),
-    ("--threads", "run.threads", int, "N", "processor threads"),
+    ("--threads", "run.threads", int, "N", "processor threads (default: as many as PyTorch takes, the number of cores)"),
     ("--precision", "run.precision", str, "FORMAT", "auto, fp32 or bf16; auto takes bf16 where the processor computes in it"),
     ("--device", "run.device", str, "DEVICE", "cpu or cuda"),
     ("--checkpoint-minutes", "run.checkpoint_minutes", float, "MIN", "longest time between checkpoints, in minutes; one is "
@@ -58,7 +58,7 @@ _OPTIONS: list[tuple[str, str, Callable, str, str]] = [
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
+    if not arguments or arguments[0].startswith("-"):
         arguments.insert(0, "expand")
     options = vars(_parser().parse_args(arguments))
     display = Display()
@@ -69,14 +69,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped by {stop}; go on with: python -m odn_fast.search --resume "
               f"{stop.folder}", file=sys.stderr)
         return stop.exit_status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # where no run was at work
         display.close()
-        print("stopped before the run had begun", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     except (FolderError, ValueError) as error:  # ConfigError, DataError and ModelError are ValueErrors
         return _fail(display, error, 2)
     except RunError as error:
         return _fail(display, error, 1)
+    except MemoryError:
+        return _fail(display, "memory is used up; take a smaller --batch-size or --image-size, then go on with --resume", 1)
+    except OSError as error:
+        return _fail(display, f"{error.filename or 'a file'}: {error.strerror}", 1)
 
 
 def _expand(options: dict[str, Any], display: Display) -> int:
@@ -107,10 +111,13 @@ def _conclude(result: Result, display: Display):
     cap = f" within {config.search.epochs_cap} epochs" if config.search.epochs_cap else ""
     need = config.search.target_accuracy - config.search.tolerance
     full, found = result.depths[-1], result.depths[result.depth - 1]
+    trained = [row["depth"] for row in result.depths if row["trained"]]
     if result.target_met:
-        display.message(f"\nfound: depth {result.depth} of {full['depth']} is the smallest that reaches {need:g} %{cap}")
+        untried = f" (depths below {trained[0]} were not tried)" if trained[0] > 1 else ""
+        display.message(f"\nfound: depth {result.depth} of {full['depth']} is the smallest that reaches {need:g} %{cap}{untried}")
     else:
-        display.message(f"\nNOT MET: no depth reached {need:g} %{cap}; the best, depth {result.depth}, was kept")
+        display.message(f"\nNOT MET: none of depths {trained[0]} to {trained[-1]} reached {need:g} %{cap}; the best, depth "
+                        f"{result.depth}, was kept")
     test = "no test split" if result.test_accuracy is None else f"test accuracy {result.test_accuracy:.2f} %"
     display.message(f"validation accuracy {result.validation_accuracy:.2f} %, {test}")
     compared = " (size only)" if result.baseline is None else (
@@ -152,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 _FROM_RECIPE = ("search.target_accuracy", "search.epochs_cap", "training.lr", "training.warm_up_epochs")
 
 
-def _fail(display: Display, error: Exception, status: int) -> int:
+def _fail(display: Display, error: Exception | str, status: int) -> int:
     display.close()
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return status

@@ -10,10 +10,10 @@ from rich.text import Text
 
 
 class Display:
-    """Prints to `stream` (default: standard output). `Silent` is its counterpart for use from Python."""
+    """Prints to standard output. `Silent` is its counterpart for use from Python."""
 
-    def __init__(self, stream=None):
-        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+    def __init__(self):
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._shown = 0.0
 

@@ -5,6 +5,7 @@ until the target is met, fine-tune, extract.
 """
 
 import contextlib
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import __version__, _extension, export
-from ..config import ConfigError, ExpandConfig, flat, from_values, read_yaml, resolve, to_yaml
+from ..config import ConfigError, ExpandConfig, absolute_paths, flat, from_values, read_yaml, resolve, to_yaml
 from ..data import DataSet, from_arrays
 from ..engine import FitConfig, Interrupted, Interrupts, resolve_precision, tune_allocator
 from ..machine import environment
@@ -76,16 +77,50 @@ def expand(model: str | DepthNetwork = "resnet18", dataset: str | DataSet | None
     if target is not None:
         values["search.target_accuracy"] = target
     values["model"] = model if isinstance(model, str) else None
-    given = dataset if isinstance(dataset, DataSet) else None
-    if train is not None:
-        if dataset is not None:
-            raise ConfigError("train: does not go with dataset; give one of them")
-        fraction = {"val_fraction": values["data.val_fraction"]} if "data.val_fraction" in values else {}
-        given = from_arrays(train, validation, test, class_names, seed=values.get("run.seed", 0), **fraction)
-    values["data.dataset"] = given.name if given is not None else dataset or "digits"
-    config = from_values(values)
-    return run_expansion(config, out, model=None if isinstance(model, str) else model, data=given,
+    if isinstance(dataset, str):
+        values["data.dataset"] = dataset
+    given = _given_data(None if isinstance(dataset, str) else dataset, train, validation, test, class_names, values)
+    if given is not None:
+        values["data.dataset"] = given.name
+    return run_expansion(from_values(values), out, model=None if isinstance(model, str) else model, data=given,
                          display=Display() if progress else Silent())
+
+
+def resume(folder: str | Path, *, model: DepthNetwork | None = None, dataset: DataSet | None = None, train=None,
+           validation=None, test=None, class_names=None, progress: bool = False) -> Result:
+    """Go on with the run in `folder`, to the same bits that an uninterrupted run would have given.
+
+    Args:
+        model, dataset, train, validation, test, class_names: again what `expand` was given, where it was no name.
+
+    Raises:
+        ConfigError, RunError, Interrupted: as `expand`.
+    """
+    config = from_values({}, read_yaml(Path(folder) / "config.yaml"))
+    given = _given_data(dataset, train, validation, test, class_names, flat(config))
+    return resume_expansion(folder, model=model, data=given, display=Display() if progress else Silent())
+
+
+def _given_data(dataset: DataSet | None, train, validation, test, class_names, values: dict[str, Any]) -> DataSet | None:
+    """The data set that was handed over, or that arrays make; None where a name is to be loaded."""
+    seed, limit = values.get("run.seed", 0), values.get("data.limit_train")
+    if train is None:
+        if validation is not None or test is not None or class_names is not None:
+            raise ConfigError("validation, test and class_names: go with train, which is missing")
+        given = dataset
+    else:
+        if dataset is not None or values.get("data.dataset", "arrays") != "arrays":
+            raise ConfigError("train: does not go with dataset; give one of them")
+        fraction = values.get("data.val_fraction")
+        if fraction is not None and validation is not None:
+            raise ConfigError("val_fraction: makes no sense where validation is given")
+        given = from_arrays(train, validation, test, class_names, seed=seed,
+                            **({} if fraction is None else {"val_fraction": fraction}))
+    if given is not None:
+        for name in ("image_size", "test_fraction"):
+            if values.get(f"data.{name}") is not None:
+                raise ConfigError(f"{name}: makes no sense for data from Python")
+    return given.limit_train(limit, seed) if given is not None and limit else given
 
 
 def run_expansion(config: ExpandConfig, out: str | Path | None, *, model: DepthNetwork | None = None,
@@ -95,7 +130,7 @@ def run_expansion(config: ExpandConfig, out: str | Path | None, *, model: DepthN
     config = from_values({"run.threads": config.run.threads or torch.get_num_threads()}, config.model_dump())
     data = data or load_data(config)
     check_device(config.run.device)
-    model = model if model is not None else create_model(config, data)
+    model = copy.deepcopy(model) if model is not None else create_model(config, data)
     check_depths(config, model, data)
     folder = RunFolder.create(out or default_folder(config), to_yaml(config))
     return _run(config, model, data, folder, RunState(), display, resumed=False)
@@ -113,29 +148,34 @@ def resume_expansion(path: str | Path, given: dict[str, Any] | None = None, *, m
         folder = on_error.enter_context(RunFolder.open(path))
         config = from_values({}, read_yaml(folder.path / "config.yaml"))
         ours = flat(config)
-        for name, value in (given or {}).items():
-            if ours.get(name) != value:
-                raise ConfigError(f"resume {path}: {name} = {value} contradicts the run's {ours.get(name)}; "
+        repeated = flat(absolute_paths(from_values(given or {})))
+        for name in given or {}:
+            if ours[name] != repeated[name] and name != "data.data_dir":  # files may have moved: their checksum is compared
+                raise ConfigError(f"resume {path}: {name} = {repeated[name]} contradicts the run's {ours[name]}; "
                                   "give --resume alone, or start a new run")
+        check_device(config.run.device)
         saved = folder.load_checkpoint()
-        for text in folder.warnings:
-            display.warning(text)
+        warnings = list(folder.warnings)
         if config.model is None and model is None or data is None and config.data.dataset == "arrays":
             raise ConfigError(f"resume {path}: the run was given its model or data in Python; resume it from there")
         if saved and saved["config"] != ours:
             name = next(name for name in ours if saved["config"].get(name) != ours[name])
             raise ConfigError(f"{folder.path / 'config.yaml'}: {name} = {ours[name]} differs from the "
                               f"{saved['config'].get(name)} that the run was made with; put it back, or start a new run")
-        data = data or load_data(config)
+        place = {"data.data_dir": repeated["data.data_dir"]} if "data.data_dir" in (given or {}) else {}
+        data = data or load_data(from_values(place, config.model_dump()))
         if saved and saved["data"] != data.checksum():
             raise ConfigError(f"resume {path}: the data set {config.data.dataset} is not the one the run was made with "
                               "(its checksum differs); put the files back, or start a new run")
         for name, ours_now in run_environment(config).items():
             if saved and saved["environment"].get(name) != ours_now:
-                display.warning(f"{name} is {ours_now}, the run was made with {saved['environment'].get(name)}: "
+                warnings.append(f"{name} is {ours_now}, the run was made with {saved['environment'].get(name)}: "
                                 "it goes on, but not to the same bits")
+        for text in warnings:
+            display.warning(text)
+            folder.event("warning", text=text)
         state = RunState.from_dict(saved["state"]) if saved else RunState()
-        model = model if model is not None else create_model(config, data)
+        model = copy.deepcopy(model) if model is not None else create_model(config, data)
         on_error.pop_all()
     return _run(config, model, data, folder, state, display, resumed=saved is not None)
 
@@ -143,7 +183,7 @@ def resume_expansion(path: str | Path, given: dict[str, Any] | None = None, *, m
 def _run(config: ExpandConfig, model: DepthNetwork, data: DataSet, folder: RunFolder, state: RunState,
          display: Display | Silent, resumed: bool) -> Result:
     threads = torch.get_num_threads()
-    with folder, Interrupts() as interrupts, contextlib.ExitStack() as after:
+    with folder, _naming(folder), Interrupts() as interrupts, contextlib.ExitStack() as after:
         after.callback(torch.set_num_threads, threads)
         after.callback(display.close)
         torch.set_num_threads(config.run.threads)
@@ -154,12 +194,18 @@ def _run(config: ExpandConfig, model: DepthNetwork, data: DataSet, folder: RunFo
         recorder = Recorder(folder, display, interrupts, state, header, config)
         search = Search(config, model, data, checksum, folder, display, state, recorder, FitConfig(precision, config.run.device))
         tuned = config.run.malloc_tuning and tune_allocator()
-        try:
-            _phases(search, tuned, resumed)
-        except Interrupted as stop:
-            stop.folder = folder.path
-            raise
+        _phases(search, tuned, resumed)
         return _result(search)
+
+
+@contextlib.contextmanager
+def _naming(folder: RunFolder):
+    """Say in an interruption which run can be resumed."""
+    try:
+        yield
+    except Interrupted as stop:
+        stop.folder = folder.path
+        raise
 
 
 def _phases(search: Search, tuned: bool, resumed: bool):

@@ -100,7 +100,8 @@ def search_depths(search: Search):
         state.begin("search", depth + 1)
     search.folder.event("chosen", depth=state.found, target_met=state.target_met)
     search.display.message(f"depth {state.found} reaches the target" if state.target_met else
-                           f"no depth reached {need:g} %; the best, depth {state.found}, is taken")
+                           f"none of depths {settings.initial_depth} to {search.last_depth} reached {need:g} %; the best, depth "
+                           f"{state.found}, is taken")
     state.begin("fine_tune", state.found)
 
 
@@ -124,23 +125,23 @@ def _finish_depth(search: Search, outcome: str):
     state.trained.append(_record_end(search, outcome))
     best = "none" if training.best_accuracy is None else f"{training.best_accuracy:.2f} %"
     word = {"passed": "passes", "converged": "has converged", "cap": "stopped at the cap", "epochs": "has had its epochs",
-            "diverged": "diverged (the loss is not finite any more); its best weights so far are kept"}[outcome]
+            "diverged": "diverged (the loss is not finite any more)"}[outcome]
     search.display.message(f"depth {state.depth} {word} after {training.epoch} epochs: best validation accuracy {best}")
 
 
 def fine_tune(search: Search):
     """Go on at the found depth until it converges (section III-D), extract the best weights, read the test split once."""
-    state, folder = search.state, search.folder
+    state = search.state
     if state.training is None:
-        _go_on_from(state, folder.load_state(f"depth-{state.depth:02}"))
-    rule = Convergence(digits=2)
-    if search.config.search.epochs_per_depth:
-        rule = Convergence(digits=2, exactly=state.training.epoch)  # the given epochs are all there are
-    before = state.training.epoch
-    outcome = _train_depth(search, rule, state.training.lr)
-    search.display.message(f"fine-tuning took {state.training.epoch - before} epochs ({outcome}): best validation accuracy "
-                           f"{state.training.best_accuracy:.2f} %")
-    _record_end(search, outcome)
+        _go_on_from(state, search.folder.load_state(f"depth-{state.depth:02}"))
+    if "found" not in state.readings:
+        searched = next(entry["epochs"] for entry in state.trained if entry["depth"] == state.found)
+        # With given epochs there is no fine-tuning: they are all there are.
+        rule = Convergence(digits=2, exactly=searched if search.config.search.epochs_per_depth else None)
+        outcome = _train_depth(search, rule, state.training.lr)
+        _record_end(search, outcome)
+        search.display.message(f"fine-tuning took {state.training.epoch - searched} epochs ({outcome}): best validation "
+                               f"accuracy {state.training.best_accuracy:.2f} %")
     _read_and_save(search, "found", "model")
     if search.config.search.baseline == "full" and state.found < search.model.max_depth:
         state.begin("baseline", search.model.max_depth)
@@ -152,15 +153,17 @@ def fine_tune(search: Search):
 def baseline(search: Search):
     """The full depth trained until it converges, for comparison."""
     state = search.state
-    search.display.message(f"baseline: depth {state.depth}, trained until it converges")
-    name = f"depth-{state.depth:02}"
-    if state.training is None and any(entry["depth"] == state.depth for entry in state.trained):
-        _go_on_from(state, search.folder.load_state(name))
-    outcome = _train_depth(search, Convergence(digits=2), _depth_lr(search, state.depth))
+    if state.training is None:
+        search.display.message(f"baseline: depth {state.depth}, trained until it converges")
+        if any(entry["depth"] == state.depth for entry in state.trained):
+            _go_on_from(state, search.folder.load_state(f"depth-{state.depth:02}"))
+    if "baseline" not in state.readings:
+        outcome = _train_depth(search, Convergence(digits=2), _depth_lr(search, state.depth))
+        _record_end(search, outcome)
     if state.training.best_weights is None:
-        raise RunError("baseline: the loss is not finite any more; start again with a smaller --lr")
-    _record_end(search, outcome)
-    _read_and_save(search, "baseline", "baseline")
+        search.display.warning("the baseline diverged (the loss is not finite any more); there is nothing to compare with")
+    else:
+        _read_and_save(search, "baseline", "baseline")
     _finish(search)
 
 
@@ -207,7 +210,7 @@ def _save_network(search: Search, place: str, weights: dict, accuracies: dict):
                 "precision": search.fit_config.precision, "precision_requested": config.run.precision,
                 "model": config.model, "depth": depth, "dataset": data.name, "data_checksum": search.data_checksum,
                 "target_accuracy": config.search.target_accuracy, "tolerance": config.search.tolerance,
-                **accuracies, "params": size.params, "state_bytes": size.state_bytes, "macs": size.macs,
+                "target_met": search.state.target_met, **accuracies, "params": size.params, "state_bytes": size.state_bytes, "macs": size.macs,
                 **latency.figures(), "latency_runs": latency.runs}
     normalisation = data.normalisation
     description = export.Description(
@@ -224,14 +227,13 @@ def _finish(search: Search):
     state, settings = search.state, search.config.search
     state.begin("finished", state.found)
     seconds = search.recorder.seconds()
-    rows = next(event["rows"] for event in search.folder.events() if event["event"] == "table")
     latencies = depth_latencies(search.model, search.data.input_shape, search.config.run.device)
     trained = {entry["depth"]: entry for entry in state.trained}
     depths = []
-    for row, latency in zip(rows, latencies):
-        entry = trained.get(row["depth"], {})
-        depths.append({**{key: row[key] for key in ("depth", "params", "state_bytes", "macs")}, **latency, "trained": bool(entry),
-                       "validation_accuracy": entry.get("best_accuracy"),
+    for depth, latency in enumerate(latencies, 1):
+        entry, size = trained.get(depth, {}), profile(search.model, search.data.input_shape, depth)
+        depths.append({"depth": depth, "params": size.params, "state_bytes": size.state_bytes, "macs": size.macs, **latency,
+                       "trained": bool(entry), "validation_accuracy": entry.get("best_accuracy"),
                        **{key: entry.get(key) for key in ("outcome", "epochs", "seconds")}})
     found = state.readings["found"]
     state.readings["depths"] = {"rows": depths}
@@ -244,6 +246,7 @@ def _finish(search: Search):
     with search.folder.reporting("report.html"):
         write_report(search.folder.path)
     search.recorder.checkpoint()
+    search.folder.drop_states("depth-*")  # what fine-tuning might have gone on from; the networks are in depths/
 
 
 def _train_depth(search: Search, rule: Convergence, lr: float) -> str:

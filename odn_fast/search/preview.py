@@ -53,6 +53,7 @@ def _step_seconds(model: DepthNetwork, depth: int, data: DataSet, batch_size: in
         with autocast(precision, device):
             losses, _ = classification_loss(network, x, y)
         losses.sum().backward()
+        _wait(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
@@ -63,9 +64,17 @@ def _validation_seconds(model: DepthNetwork, data: DataSet, batch_size: int, dev
     network = FoldedNetwork(model.at_depth(1)).to(device)
     with torch.inference_mode():
         network(x)
+        _wait(device)
         start = time.perf_counter()
         network(x)
+        _wait(device)
         return (time.perf_counter() - start) * len(data.validation) / len(x)
+
+
+def _wait(device: str):
+    """A GPU works behind the caller's back: wait until it has finished."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _first_images(data: DataSet, batch_size: int, device: str):

@@ -1,13 +1,13 @@
 """From a configuration to a network and a data set, with every refusal before anything is made."""
 
-import os
+import itertools
 import time
 from pathlib import Path
 
 import torch
 
+from .. import __version__, _extension, export, models
 from .. import data as data_sets
-from .. import export, models
 from ..config import ConfigError, ExpandConfig
 from ..data import DataSet
 from ..engine import resolve_precision
@@ -36,13 +36,22 @@ def check_depths(config: ExpandConfig, model: DepthNetwork, data: DataSet):
         raise ConfigError(f"max_depth: expected at most {model.max_depth}, the depths of this model, got {last}")
     if initial > last:
         raise ConfigError(f"initial_depth: expected at most {last}, got {initial}")
+    given = config.search.epochs_per_depth or []
+    if len(given) > last - initial + 1:
+        raise ConfigError(f"epochs_per_depth: expected at most {last - initial + 1} numbers, one for each of the depths "
+                          f"{initial} to {last}, got {len(given)}")
+    if model.num_classes != data.num_classes:
+        raise ConfigError(f"model: has {model.num_classes} classes, the data has {data.num_classes}; make it with num_classes="
+                          f"{data.num_classes}")
     profile(model, data.input_shape, model.max_depth)
-    export.graph_to_data(model.extract(initial))
+    export.graph_to_data(model.extract(model.max_depth))
 
 
 def check_device(device: str):
+    """Refuse a device that is not there."""
     try:
-        usable = torch.device(device).type == "cpu" or (torch.device(device).type == "cuda" and torch.cuda.is_available())
+        wanted = torch.device(device)
+        usable = wanted.type == "cpu" or wanted.type == "cuda" and (wanted.index or 0) < torch.cuda.device_count()
     except RuntimeError:
         usable = False
     if not usable:
@@ -53,10 +62,14 @@ def check_device(device: str):
 def run_environment(config: ExpandConfig) -> dict:
     """What the bits of a training depend on, beside the configuration."""
     here = environment()
-    return {"processor": here["processor"], "torch": here["torch"], "cores": len(os.sched_getaffinity(0)),
+    gpu = torch.cuda.get_device_name(config.run.device) if torch.device(config.run.device).type == "cuda" else "none"
+    return {"odn_fast": __version__, "processor": here["processor"], "GPU": gpu, "torch": here["torch"],
+            "C++ ops": _extension.instruction_set() or "not built",
             "precision": resolve_precision(config.run.precision, config.run.device)}
 
 
 def default_folder(config: ExpandConfig) -> Path:
+    """A new folder in `runs/`, named after data, model and time."""
     name = f"expand-{config.data.dataset.split(':')[0]}-{config.model or 'model'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path("runs") / name
+    names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+    return next(path for path in map(Path("runs").joinpath, names) if not path.exists())
