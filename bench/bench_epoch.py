@@ -78,12 +78,14 @@ def test_epoch(precision, tmp_path):
 
         right = sum((logits.argmax(1) == y).sum().item() for logits, (_, y) in zip(forward(), evaluation_batches(split, normalisation)))
         assert validate() == pytest.approx(100 * right / len(split))
-        times = measure({"epoch": engine, "bare steps": bare, "validation": validate, "bare forward": forward},
-                        repetitions=12, warm_up=1, patience=150).times
+        measured = measure({"epoch": engine, "bare steps": bare, "validation": validate, "bare forward": forward},
+                           repetitions=12, warm_up=1, patience=150)
+    times = measured.times
     figures = {"epoch_over_bare_steps": ratio(times["epoch"], times["bare steps"]),
                "validation_over_bare_forward": ratio(times["validation"], times["bare forward"]),
                "reach": {"epoch_over_bare_steps": 1.03, "validation_over_bare_forward": 1.1}}
     print("\n" + table([("arm", "ms"), *((name, spread(values)) for name, values in times.items())]))
     print(f"{precision}: an epoch takes {figures['epoch_over_bare_steps']:.3f} x its bare steps (reach 1.03), "
           f"validation {figures['validation_over_bare_forward']:.3f} x a bare folded forward (reach 1.1)")
-    report(f"epoch_{precision}", {"batch": BATCH, "steps": STEPS, **figures, "milliseconds": times})
+    report(f"epoch_{precision}", {"batch": BATCH, "steps": STEPS, **figures, "quiet": measured.quiet,
+                                  "disturbed": measured.disturbed, "milliseconds": times})

@@ -157,7 +157,7 @@ class Workload:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bench_exit_heads(dtype):
-    harness.prepare()
+    harness.prepare(threads=2)
     work = Workload(dtype)
     heads = {"eager": eager, "expanded": expanded, "ours": exit_heads}
     places = {"after": False, "between": True}

@@ -335,3 +335,10 @@ def test_random_damage_is_found_or_changes_nothing(tmp_path):
             assert "a.npz" in str(error)
             refused += 1
     assert refused > 100
+
+
+def test_a_class_without_any_image_is_refused_unless_named():
+    images, labels = np.zeros((6, 4, 4), dtype=np.uint8), np.array([1, 2, 3, 1, 2, 3])
+    with pytest.raises(DataError, match="labels run to 3, but none is 0; number the classes 0..K-1, or give class_names"):
+        from_arrays((images, labels), (images, labels))
+    assert from_arrays((images, labels), (images, labels), class_names="abcd").num_classes == 4

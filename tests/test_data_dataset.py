@@ -186,14 +186,19 @@ def test_measured_std_of_constant_images_has_a_floor():
 @pytest.mark.parametrize(("count", "held_out"), [(600, 100), (700, 100), (6, 1), (2, 1), (300, 50)])
 def test_official_validation_is_the_end_of_training(count, held_out):
     images, labels = torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.arange(count)
-    train, validation = official_splits(images, labels, validation=100, official=600, where="here")
+    train, validation = official_splits(images, labels, validation=100, official=600, where="here", test_images=2)
     assert torch.equal(torch.cat([train.labels, validation.labels]), labels)
     assert len(validation) == held_out
 
 
+def test_a_subset_of_an_official_set_is_said():
+    with pytest.warns(UserWarning, match="here: 6 training images, the official set has 600"):
+        official_splits(torch.zeros(6, 1, 1, 1, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64), 100, 600, "here", 1)
+
+
 def test_one_image_cannot_be_split():
     with pytest.raises(DataError, match="here: holds 1 training images"):
-        official_splits(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), 100, 600, "here")
+        official_splits(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), 100, 600, "here", 0)
 
 
 def test_fields_cannot_be_reassigned():

@@ -61,3 +61,11 @@ def test_a_missing_package_is_named():
     with pytest.raises(DataError, match="reading x needs some-package: pip install some-package"):
         needs("no_such_module_anywhere", "some-package", "reading x")
     assert needs("math", "math", "x").sqrt(4) == 2
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    file = tmp_path / "data_batch_1"
+    file.write_bytes(b"12345")
+    assert regular_file_size(file, at_most=5) == 5
+    with pytest.raises(DataError, match="5 bytes, expected at most 4"):
+        regular_file_size(file, at_most=4)

@@ -97,8 +97,9 @@ IMAGE_DAMAGES = {
     "labels instead of images": (idx_bytes(LABELS), "holds labels, expected images"),
     "floats": (b"\0\0\x0d\x03" + WHOLE[4:], "no IDX file of unsigned bytes"),
     "two dimensions": (idx_bytes(images_of(60).reshape(60, 784)), "2 dimensions"),
-    "2^31 images": (header(1 << 31, 28, 28) + WHOLE[16:], "calls for"),
-    "all sizes 2^32-1": (header(*(2**32 - 1,) * 3), "calls for"),
+    "2^31 images": (header(1 << 31, 28, 28) + WHOLE[16:], "claims 2147483648 entries"),
+    "4,000,000 images": (header(4_000_000, 28, 28) + WHOLE[16:], "calls for"),
+    "all sizes 2^32-1": (header(*(2**32 - 1,) * 3), "expected 28x28"),
     "one image fewer": (idx_bytes(images_of(59)), "holds 60 labels"),
     "32x32": (idx_bytes(np.zeros((60, 32, 32), np.uint8)), "32x32 pixels, expected 28x28"),
     "text": (b"<html>404 not found</html>", "no IDX file"),
@@ -115,7 +116,8 @@ GZIP_DAMAGES = {
     "second member behind": (PACKED + gzip.compress(b"x"), "holds more"),
     "content cut": (gzip.compress(WHOLE[:-1]), "1 bytes early"),
     "content too long": (gzip.compress(WHOLE + b"\0"), "holds more"),
-    "2^31 images": (gzip.compress(header(1 << 31, 28, 28) + WHOLE[16:]), "can hold"),
+    "2^31 images": (gzip.compress(header(1 << 31, 28, 28) + WHOLE[16:]), "claims 2147483648 entries"),
+    "4,000,000 images": (gzip.compress(header(4_000_000, 28, 28) + WHOLE[16:]), "can hold"),
     "bomb": (gzip.compress(idx_bytes(images_of(60)) + bytes(30_000_000)), "holds more"),
     "only the header": (gzip.compress(header(60, 28, 28)), "can hold|early"),
     "labels": (gzip.compress(idx_bytes(LABELS)), "holds labels"),
@@ -143,7 +145,7 @@ def test_damaged_images_give_one_line_naming_the_file(tmp_path, suffix, content,
         (idx_bytes(images_of(60)), "holds images, expected labels"),
         (idx_bytes(LABELS[:-1]), "holds 59 labels"),
         (idx_bytes(LABELS + 1), r"labels 1..10, expected 0..9"),
-        (header(2**32 - 1) + LABELS.tobytes(), "calls for"),
+        (header(2**32 - 1) + LABELS.tobytes(), "claims 4294967295 entries"),
     ],
 )
 def test_damaged_labels(tmp_path, content, message):
@@ -185,9 +187,12 @@ def test_empty_test_and_too_small_training_sets(tmp_path):
     write_set(tmp_path / "a", counts=(60, 0))
     with pytest.raises(DataError, match="test split is empty"):
         load("mnist", tmp_path / "a", download=False)
-    write_set(tmp_path / "b", counts=(1, 5))
+    write_set(tmp_path / "b", counts=(1, 1))
     with pytest.raises(DataError, match="holds 1 training images"):
         load("mnist", tmp_path / "b", download=False)
+    write_set(tmp_path / "c", counts=(10, 60))
+    with pytest.raises(DataError, match="10 training images but 60 test images; were the files swapped"):
+        load("mnist", tmp_path / "c", download=False)
 
 
 def test_random_damage_is_found_or_harmless(tmp_path):

@@ -233,3 +233,17 @@ def test_jpeg_folder():
     x = data.normalisation(data.train.images)
     assert x.mean((0, 2, 3)).tolist() == pytest.approx([0, 0, 0], abs=1e-4)
     assert x.std((0, 2, 3)).tolist() == pytest.approx([1, 1, 1], abs=1e-3)
+
+
+def test_split_folders_in_capitals_and_long(tmp_path):
+    write_split(tmp_path / "TRAINING", {"a": 4, "b": 4})
+    write_split(tmp_path / "Testing", {"a": 1, "b": 1})
+    data = load(f"imagefolder:{tmp_path}", image_size=8)
+    assert data.class_names == ("a", "b") and len(data.test) == 2
+
+
+def test_a_test_folder_without_a_train_folder_is_no_class(tmp_path):
+    write_split(tmp_path / "val", {"a": 4, "b": 4})
+    write_split(tmp_path / "test", {"a": 1, "b": 1})
+    with pytest.raises(DataError, match="holds val but no folder train"):
+        load(f"imagefolder:{tmp_path}", image_size=8)

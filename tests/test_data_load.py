@@ -62,13 +62,12 @@ class Block:
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 from odn_fast import data
-for name, package in (("digits", "scikit-learn"), ("svhn", "scipy")):
-    try:
-        data.load(name, sys.argv[1], download=False)
-    except data.DataError as error:
-        assert package in str(error) or "not found" in str(error), error
-    else:
-        raise SystemExit("loaded " + name)
+try:
+    data.load("digits")
+except data.DataError as error:
+    assert "pip install scikit-learn" in str(error), error
+else:
+    raise SystemExit("loaded digits")
 try:
     data.read_image(sys.argv[1], 3, 4, 4)
 except data.DataError as error:

@@ -77,6 +77,10 @@ def names_of_classes(splits: dict[str, Split], class_names: Sequence[str] | None
     images = len(splits["train"])
     if largest >= images:  # each class needs a training image; a stray label must not make a billion classes
         raise DataError(f"{where}: labels run to {largest} with {images} training images; number the classes 0..K-1")
+    present = torch.cat([split.labels for split in splits.values()]).unique()
+    if len(present) <= largest:
+        absent = next(label for label in range(largest) if label not in present)
+        raise DataError(f"{where}: labels run to {largest}, but none is {absent}; number the classes 0..K-1, or give class_names")
     return tuple(map(str, range(largest + 1)))
 
 

@@ -56,12 +56,13 @@ def load_cifar(name: str, data_dir: Path, download: bool) -> DataSet:
     class_names = read_class_names(folder / edition.meta, edition)
     train = [read_batch(folder / file_name, edition) for file_name in edition.train]
     images, labels = (np.concatenate(parts) for parts in zip(*train))
+    test_images, test_labels = read_batch(folder / edition.test, edition)
     training, validation = official_splits(
-        torch.from_numpy(images), torch.from_numpy(labels), VALIDATION, OFFICIAL, str(folder)
+        torch.from_numpy(images), torch.from_numpy(labels), VALIDATION, OFFICIAL, str(folder), len(test_labels)
     )
-    images, labels = read_batch(folder / edition.test, edition)
+    test = Split(torch.from_numpy(test_images.copy()), torch.from_numpy(test_labels))
     return DataSet(
-        name=name, train=training, validation=validation, test=Split(torch.from_numpy(images.copy()), torch.from_numpy(labels)),
+        name=name, train=training, validation=validation, test=test,
         class_names=class_names, normalisation=scale_only(255, 3), augment=True, drop_last=True,
     )
 
@@ -95,7 +96,7 @@ def read_class_names(path: Path, edition: Edition) -> tuple[str, ...]:
 
 def read_dictionary(path: Path) -> dict[str, Any]:
     """The pickled dictionary of one file, keys as text (Python 2 wrote them as bytes)."""
-    regular_file_size(path)
+    regular_file_size(path, at_most=1 << 30)
     with reading(path):
         content = load_plain(path.read_bytes())
     if not isinstance(content, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -178,12 +179,19 @@ def measured_normalisation(images: Tensor) -> Normalisation:
     return Normalisation(255.0, tuple(means), tuple(stds))
 
 
-def official_splits(images: Tensor, labels: Tensor, validation: int, official: int, where: str) -> tuple[Split, Split]:
+def official_splits(
+    images: Tensor, labels: Tensor, validation: int, official: int, where: str, test_images: int
+) -> tuple[Split, Split]:
     """Training and validation split of an official training set: the last `validation` images of `official`.
 
-    A subset of the official set gives the same share of its images, at least one, and a larger set no
-    more than `validation`. Raises `DataError` where there are fewer than two images.
+    A subset of the official set gives the same share of its images, at least one, with a warning, and a larger
+    set no more than `validation`. Raises `DataError` where there are fewer than two images, or fewer than
+    `test_images`, the size of the test split: official training sets are larger.
     """
+    if len(labels) < test_images:
+        raise DataError(f"{where}: {len(labels)} training images but {test_images} test images; were the files swapped?")
+    if len(labels) != official:
+        warnings.warn(f"{where}: {len(labels)} training images, the official set has {official}", stacklevel=4)
     if len(labels) < 2:
         raise DataError(f"{where}: holds {len(labels)} training images; training and validation need at least one each")
     first = len(labels) - max(1, min(validation, len(labels) * validation // official))

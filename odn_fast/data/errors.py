@@ -47,11 +47,11 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: is damaged or of another format ({type(error).__name__}: {first_line(error)})") from error
 
 
-def regular_file_size(path: Path) -> int:
+def regular_file_size(path: Path, at_most: int | None = None) -> int:
     """Bytes in `path`.
 
-    Raises `DataError` where it is missing, empty, or not a regular file: opening a named pipe
-    would wait for ever, and a device never ends.
+    Raises `DataError` where it is missing, empty, larger than `at_most` bytes, or not a regular file: opening
+    a named pipe would wait for ever, and a device never ends.
     """
     with reading(path):
         status = path.stat()
@@ -61,6 +61,8 @@ def regular_file_size(path: Path) -> int:
         raise DataError(f"{path}: is not a regular file")
     if status.st_size == 0:
         raise DataError(f"{path}: is empty; get the file again")
+    if at_most is not None and status.st_size > at_most:
+        raise DataError(f"{path}: {status.st_size} bytes, expected at most {at_most}; get the file again")
     return status.st_size
 
 

@@ -24,6 +24,7 @@ from .download import ensure
 from .errors import DEFLATE_MAX_RATIO, DataError, reading, regular_file_size
 
 SIDE = 28
+LARGEST_COUNT = 4_000_000  # 3.1 GB of images; the largest official set has 814,255
 UNSIGNED_BYTE = 8
 KINDS = {1: "labels", 3: "images"}
 
@@ -68,7 +69,8 @@ def load_idx(name: str, data_dir: Path, download: bool) -> DataSet:
     folder = Path(data_dir) / family.folder / "raw"
     ensure(name, folder, download)
     train, test = (read_pair(folder, prefix, family) for prefix in family.prefixes)
-    training, validation = official_splits(train.images, train.labels, family.validation, family.official, str(folder))
+    training, validation = official_splits(
+        train.images, train.labels, family.validation, family.official, str(folder), len(test))
     return DataSet(
         name=name, train=training, validation=validation, test=test, class_names=family.class_names,
         normalisation=Normalisation(255.0, (family.mean,), (family.std,)), augment=False, drop_last=False,
@@ -79,9 +81,8 @@ def read_pair(folder: Path, prefix: str, family: Family) -> Split:
     """Images (N, 1, 28, 28) and labels (N,) of one official pair of files."""
     image_file = with_or_without_gz(folder / f"{prefix}-images-idx3-ubyte")
     label_file = with_or_without_gz(folder / f"{prefix}-labels-idx1-ubyte")
-    images, labels = read_idx(image_file, dimensions=3), read_idx(label_file, dimensions=1)
-    if images.shape[1:] != (SIDE, SIDE):
-        raise DataError(f"{image_file}: images of {images.shape[1]}x{images.shape[2]} pixels, expected {SIDE}x{SIDE}")
+    labels = read_idx(label_file, dimensions=1)
+    images = read_idx(image_file, dimensions=3)
     if len(images) != len(labels):
         raise DataError(f"{image_file}: {len(images)} images, but {label_file.name} holds {len(labels)} labels; get both files again")
     first, last = family.first_label, family.first_label + len(family.class_names) - 1
@@ -132,10 +133,15 @@ def read_header(path: Path, file: BinaryIO, dimensions: int) -> tuple[int, ...]:
             f"{path}: holds {KINDS.get(magic[3], f'{magic[3]} dimensions')}, expected {KINDS[dimensions]}; "
             "were image and label files swapped?"
         )
-    sizes = file.read(4 * dimensions)
-    if len(sizes) < 4 * dimensions:
+    header = file.read(4 * dimensions)
+    if len(header) < 4 * dimensions:
         raise DataError(f"{path}: ends inside its header; get the file again")
-    return struct.unpack(f">{dimensions}I", sizes)
+    count, *sides = struct.unpack(f">{dimensions}I", header)
+    if sides and sides != [SIDE, SIDE]:
+        raise DataError(f"{path}: images of {sides[0]}x{sides[1]} pixels, expected {SIDE}x{SIDE}")
+    if count > LARGEST_COUNT:
+        raise DataError(f"{path}: its header claims {count} entries, expected at most {LARGEST_COUNT}; get the file again")
+    return count, *sides
 
 
 def read_values(path: Path, file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:

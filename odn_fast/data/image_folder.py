@@ -17,7 +17,8 @@ from .splitting import fill_missing_splits
 
 DEFAULT_SIZE = 64
 LARGEST_SIZE = 4096
-SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_FOLDERS = {  # in any case
+    "train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 MEMORY_SHARE = 0.8  # of the machine's memory, that pictures held as bytes may take
 
 
@@ -64,14 +65,18 @@ def split_folders(root: Path) -> dict[str, Path]:
     """Split -> folder of its classes; the training split alone where `root` itself holds the classes."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected one with a sub-folder for each class")
-    found = {split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLIT_FOLDERS.items()}
+    found = {split: [root / name for name in visible_folders(root) if name.lower() in names]
+             for split, names in SPLIT_FOLDERS.items()}
     for split, folders in found.items():
         if len(folders) > 1:
             raise DataError(f"{root}: both {folders[0].name} and {folders[1].name} could be the {split} split; keep one")
     train = found["train"]
     if not train or not visible_folders(train[0]):
-        if train and (found["validation"] or found["test"]):
+        others = found["validation"] + found["test"]
+        if train and others:
             raise DataError(f"{train[0]}: has no sub-folders; expected one for each class")
+        if any(visible_folders(other) for other in others):
+            raise DataError(f"{root}: holds {others[0].name} but no folder train; put the training images there")
         return {"train": root}
     return {split: folders[0] for split, folders in found.items() if folders}
 

@@ -62,7 +62,7 @@ def read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     Raises `DataError` naming the file where one is missing, there twice, or no array of numbers, and
     where any part of the file is damaged.
     """
-    regular_file_size(path)
+    regular_file_size(path, at_most=2 << 30)
     found: dict[str, np.ndarray] = {}
     with reading(path):
         data = memoryview(path.read_bytes())

@@ -29,7 +29,7 @@ def load_svhn(data_dir: Path, download: bool) -> DataSet:
     folder = next((place for place in places if all(os.path.exists(place / name) for name in FILES)), usual)
     ensure("svhn", folder, download)
     train, test = (read_split(folder / file_name) for file_name in FILES)
-    training, validation = official_splits(train.images, train.labels, VALIDATION, OFFICIAL, str(folder))
+    training, validation = official_splits(train.images, train.labels, VALIDATION, OFFICIAL, str(folder), len(test))
     return DataSet(
         name="svhn", train=training, validation=validation, test=test, class_names=tuple(string.digits),
         normalisation=scale_only(255, 3), augment=False, drop_last=True,

@@ -31,7 +31,9 @@ def exit_heads(
     and correct (D,) int64, the number of images whose largest logit (the first of equals) is the target's.
     A row of logits holding NaN counts as wrong. An empty batch has loss NaN and 0 correct.
 
-    Raises ValueError on shapes, dtypes, devices or counts that do not fit, and on targets outside [0, K).
+    Features of one call share their dtype. For `torch.autograd`; `torch.func` transforms do not see through it.
+
+    Raises ValueError on shapes, dtypes, devices or counts that do not fit, and on the CPU on targets outside [0, K).
     """
     reference.check(features, weights, biases, target)
     losses, correct, _, _ = _exit_heads(features, weights, biases, target)

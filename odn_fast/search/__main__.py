@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     display = Display()
     try:
-        return _expand(options, display)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: display.warning(str(message))  # without its place in the code
+            return _expand(options, display)
     except Interrupted as stop:
         display.close()
         print(f"stopped by {stop}; go on with: python -m odn_fast.search --resume "
