@@ -28,7 +28,7 @@ inline double exponential(double value) { return __builtin_exp(value); }
 inline float logarithm(float value) { return __builtin_logf(value); }
 inline double logarithm(double value) { return __builtin_log(value); }
 
-// Long sums are sums of sums over groups: the rounding error of a group is that of a short sum, and there are few groups.
+// Long sums are taken in groups, whose sums are added in double: the rounding error stays that of a short sum.
 constexpr int64_t group = 64;
 
 // Adjacent channels (channels_last): sum over rows of C. Eight rows are added as a tree, so that memory is read
@@ -37,10 +37,11 @@ template <typename Storage, typename Real>
 void pool_rows(const ForwardHead& head, const Storage* image, Real* sum) {
   constexpr int64_t block = 512;  // channels at a time; fewer than 512 are one pass over memory
   Real part[block];
+  double total[block];
   const int64_t stride = head.position_stride;
   for (int64_t first = 0; first < head.channels; first += block) {
     const int64_t channels = head.channels - first < block ? head.channels - first : block;
-    for (int64_t c = 0; c < channels; ++c) sum[first + c] = 0;
+    for (int64_t c = 0; c < channels; ++c) total[c] = 0;
     for (int64_t begin = 0; begin < head.positions; begin += group) {
       const int64_t end = head.positions - begin < group ? head.positions : begin + group;
       for (int64_t c = 0; c < channels; ++c) part[c] = 0;
@@ -59,8 +60,9 @@ void pool_rows(const ForwardHead& head, const Storage* image, Real* sum) {
 #pragma omp simd
         for (int64_t c = 0; c < channels; ++c) part[c] += read(row[c]);
       }
-      for (int64_t c = 0; c < channels; ++c) sum[first + c] += part[c];
+      for (int64_t c = 0; c < channels; ++c) total[c] += part[c];
     }
+    for (int64_t c = 0; c < channels; ++c) sum[first + c] = static_cast<Real>(total[c]);
   }
 }
 
@@ -70,7 +72,7 @@ void pool_planes(const ForwardHead& head, const Storage* image, Real* sum) {
   constexpr int64_t lanes = 16;
   for (int64_t c = 0; c < head.channels; ++c) {
     const Storage* plane = image + c * head.channel_stride;
-    Real total = 0;
+    double total = 0;
     int64_t position = 0;
     while (position + lanes <= head.positions) {
       Real lane[lanes] = {};
@@ -83,7 +85,7 @@ void pool_planes(const ForwardHead& head, const Storage* image, Real* sum) {
     }
     Real rest = 0;
     for (; position < head.positions; ++position) rest += read(plane[position]);
-    sum[c] = total + rest;
+    sum[c] = static_cast<Real>(total + rest);
   }
 }
 
@@ -174,7 +176,7 @@ template <typename Real>
 void weighted_rows(int64_t terms, const Real* factor, int64_t factor_stride, const Real* rows, int64_t row_stride,
                    int64_t channels, Real* sum) {
   Real part[channels_per_block];
-  for (int64_t c = 0; c < channels; ++c) sum[c] = 0;
+  double total[channels_per_block] = {};
   for (int64_t begin = 0; begin < terms; begin += group) {
     const int64_t end = terms - begin < group ? terms : begin + group;
     for (int64_t c = 0; c < channels; ++c) part[c] = 0;
@@ -195,8 +197,9 @@ void weighted_rows(int64_t terms, const Real* factor, int64_t factor_stride, con
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c) part[c] += factor0 * row[c];
     }
-    for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
+    for (int64_t c = 0; c < channels; ++c) total[c] += part[c];
   }
+  for (int64_t c = 0; c < channels; ++c) sum[c] = static_cast<Real>(total[c]);
 }
 
 template <typename Storage, typename Real>
@@ -224,14 +227,14 @@ void backward(const Backward& p, const BackwardHead& head, int64_t first_channel
   if (first_channel == 0) {
     Real* bias_gradient = static_cast<Real*>(p.bias_gradients) + head.depth * p.classes;
     for (int64_t k = 0; k < p.classes; ++k) {
-      Real total = 0;
+      double total = 0;
       for (int64_t begin = 0; begin < p.batch; begin += group) {
         const int64_t end = p.batch - begin < group ? p.batch : begin + group;
         Real part = 0;
         for (int64_t image = begin; image < end; ++image) part += logit_gradients[image * p.classes + k];
         total += part;
       }
-      bias_gradient[k] = grad_loss * total;
+      bias_gradient[k] = grad_loss * static_cast<Real>(total);
     }
   }
 }
