@@ -232,9 +232,10 @@ def _target_notes(run: Run) -> Iterable[str]:
         yield "The 95 % interval of the accuracy spans the pass line: other validation images might decide otherwise."
     if run.config["search"].get("epochs_per_depth"):
         yield "The epochs of every depth were fixed beforehand (epochs_per_depth): no depth was trained until it converged."
-    limit = run.config["search"].get("max_depth")
-    if not run.result["target_met"] and limit and limit < len(run.depths()):
-        yield f"The search was limited to depth {limit} (max_depth); a deeper network might reach the target."
+    deepest = max(row["depth"] for row in run.depths() if row["trained"])
+    if not run.result["target_met"] and deepest < len(run.depths()):
+        setting = "max_depth" if run.config["search"].get("max_depth") == deepest else "epochs_per_depth"
+        yield f"The search was limited to depth {deepest} ({setting}); a deeper network might reach the target."
     untried = [row["depth"] for row in run.depths() if not row["trained"] and row["depth"] < run.found]
     if untried:
         yield f"Not tried: {listed(untried)}. A smaller network might do."

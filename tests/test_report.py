@@ -95,8 +95,11 @@ def test_precision_untried_depths_and_resumes_are_said(tmp_path):
     assert "Trained in bf16 (asked for: auto)" in said(digits(precision="bf16"), tmp_path / "bf16")
     late = Synthetic({3: ("passed", [98.0])}, 3, 98.0)
     assert "Not tried: depths 1 and 2. A smaller network might do." in said(late, tmp_path / "late")
-    fixed = said(missed(search={"epochs_per_depth": [2], "max_depth": 2}, cap=None), tmp_path / "fixed")
-    assert "fixed beforehand (epochs_per_depth)" in fixed and "limited to depth 2 (max_depth)" in fixed
+    for limit, setting in [({"epochs_per_depth": [2, 2]}, "epochs_per_depth"), ({"max_depth": 3}, "max_depth")]:
+        limited = said(missed(depths=5, search=limit, cap=None), tmp_path / setting)
+        assert f"limited to depth 3 ({setting})" in limited
+        assert ("fixed beforehand (epochs_per_depth)" in limited) is (setting == "epochs_per_depth")
+    assert "limited to" not in said(missed(), tmp_path / "all")
     assert "epochs_per_depth" not in plain and "max_depth" not in plain
     resumed = digits(extra=tuple({"event": "resume", "phase": "search", "depth": 1, "epoch": 2, "step": 5} for _ in range(2)))
     assert "The run was resumed 2 times." in said(resumed, tmp_path / "resumed")
