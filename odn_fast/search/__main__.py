@@ -119,7 +119,7 @@ def _conclude(result: Result, display: Display):
         untried = f" (depths below {trained[0]} were not tried)" if trained[0] > 1 else ""
         display.message(f"\nfound: depth {result.depth} of {full['depth']} is the smallest that reaches {need:g} %{cap}{untried}")
     else:
-        display.message(f"\nNOT MET: none of depths {trained[0]} to {trained[-1]} reached {need:g} %{cap}; the best, depth "
+        display.message(f"\nNOT MET: no depth from {trained[0]} to {trained[-1]} reached {need:g} %{cap}; the best, depth "
                         f"{result.depth}, was kept")
     test = "no test split" if result.test_accuracy is None else f"test accuracy {result.test_accuracy:.2f} %"
     display.message(f"validation accuracy {result.validation_accuracy:.2f} %, {test}")

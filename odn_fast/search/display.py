@@ -47,6 +47,8 @@ class Display:
         self._live.update(Text(text, overflow="ellipsis", no_wrap=True), refresh=True)
 
     def epoch(self, text: str):
+        """The line of an epoch that has ended, in place of the live one."""
+        self.close()
         self._console.print(text, markup=False)
 
     def close(self):

@@ -100,7 +100,7 @@ def search_depths(search: Search):
         state.begin("search", depth + 1)
     search.folder.event("chosen", depth=state.found, target_met=state.target_met)
     search.display.message(f"depth {state.found} reaches the target" if state.target_met else
-                           f"none of depths {settings.initial_depth} to {search.last_depth} reached {need:g} %; the best, depth "
+                           f"no depth from {settings.initial_depth} to {search.last_depth} reached {need:g} %; the best, depth "
                            f"{state.found}, is taken")
     state.begin("fine_tune", state.found)
 
@@ -140,8 +140,9 @@ def fine_tune(search: Search):
         rule = Convergence(digits=2, exactly=searched if search.config.search.epochs_per_depth else None)
         outcome = _train_depth(search, rule, state.training.lr)
         _record_end(search, outcome)
-        search.display.message(f"fine-tuning took {state.training.epoch - searched} epochs ({outcome}): best validation "
-                               f"accuracy {state.training.best_accuracy:.2f} %")
+        if state.training.epoch > searched:
+            search.display.message(f"fine-tuning took {state.training.epoch - searched} epochs ({outcome}): best validation "
+                                   f"accuracy {state.training.best_accuracy:.2f} %")
     _read_and_save(search, "found", "model")
     if search.config.search.baseline == "full" and state.found < search.model.max_depth:
         state.begin("baseline", search.model.max_depth)
