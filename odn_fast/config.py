@@ -108,6 +108,8 @@ def from_values(values: dict[str, Any], base: dict | None = None) -> ExpandConfi
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{path}: {section!r} is not a section")
+        if path not in flat(ExpandConfig()):
+            raise _unknown(path)
         place[leaf] = value
     try:
         return ExpandConfig.model_validate(nested)
@@ -115,8 +117,12 @@ def from_values(values: dict[str, Any], base: dict | None = None) -> ExpandConfi
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{path}: no such setting; settings are {', '.join(flat(ExpandConfig()))}") from None
+            raise _unknown(path) from None
         raise ConfigError(f"{path}: {first['msg'].lower()}, got {first['input']!r}") from None
+
+
+def _unknown(path: str) -> ConfigError:
+    return ConfigError(f"{path}: no such setting; settings are {', '.join(flat(ExpandConfig()))}")
 
 
 def resolve(config: ExpandConfig) -> ExpandConfig:
@@ -127,12 +133,11 @@ def resolve(config: ExpandConfig) -> ExpandConfig:
     """
     values = flat(config)
     recipe = _DEFAULT_RECIPE | RECIPES.get(config.data.dataset, {})
-    if values["search.epochs_per_depth"] is not None:
-        if values["search.epochs_cap"] is not None:
-            raise ConfigError("search.epochs_cap: does not go with search.epochs_per_depth, which fixes the epochs")
-        recipe = {path: value for path, value in recipe.items() if path != "search.epochs_cap"}
-    if "epochs_cap" in config.search.model_fields_set:  # given, perhaps as null: no cap
-        recipe = {path: value for path, value in recipe.items() if path != "search.epochs_cap"}
+    fixed = values["search.epochs_per_depth"] is not None
+    if fixed and values["search.epochs_cap"] is not None:
+        raise ConfigError("search.epochs_cap: does not go with search.epochs_per_depth, which fixes the epochs")
+    if fixed or "epochs_cap" in config.search.model_fields_set:  # given, perhaps as null: no cap
+        recipe.pop("search.epochs_cap", None)
     values |= {path: value for path, value in recipe.items() if values[path] is None}
     return absolute_paths(from_values(values))
 

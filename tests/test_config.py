@@ -75,3 +75,8 @@ def test_values_of_set(text, value):
 def test_value_of_set_that_is_none():
     with pytest.raises(ConfigError, match="set run.seed"):
         parse_value("run.seed", "[1")
+
+
+def test_a_whole_section_is_no_setting():
+    with pytest.raises(ConfigError, match="search: no such setting; settings are model"):
+        from_values({"search": {"target_accuracy": 90}})

@@ -132,8 +132,9 @@ def run_expansion(config: ExpandConfig, out: str | Path | None, *, model: DepthN
     check_device(config.run.device)
     model = copy.deepcopy(model) if model is not None else create_model(config, data)
     check_depths(config, model, data)
+    checksum = data.checksum()
     folder = RunFolder.create(out or default_folder(config), to_yaml(config))
-    return _run(config, model, data, folder, RunState(), display, resumed=False)
+    return _run(config, model, data, checksum, folder, RunState(), display, resumed=False)
 
 
 def resume_expansion(path: str | Path, given: dict[str, Any] | None = None, *, model: DepthNetwork | None = None,
@@ -164,7 +165,8 @@ def resume_expansion(path: str | Path, given: dict[str, Any] | None = None, *, m
                               f"{saved['config'].get(name)} that the run was made with; put it back, or start a new run")
         place = {"data.data_dir": repeated["data.data_dir"]} if "data.data_dir" in (given or {}) else {}
         data = data or load_data(from_values(place, config.model_dump()))
-        if saved and saved["data"] != data.checksum():
+        checksum = data.checksum()
+        if saved and saved["data"] != checksum:
             raise ConfigError(f"resume {path}: the data set {config.data.dataset} is not the one the run was made with "
                               "(its checksum differs); put the files back, or start a new run")
         for name, ours_now in run_environment(config).items():
@@ -177,10 +179,10 @@ def resume_expansion(path: str | Path, given: dict[str, Any] | None = None, *, m
         state = RunState.from_dict(saved["state"]) if saved else RunState()
         model = copy.deepcopy(model) if model is not None else create_model(config, data)
         on_error.pop_all()
-    return _run(config, model, data, folder, state, display, resumed=saved is not None)
+    return _run(config, model, data, checksum, folder, state, display, resumed=saved is not None)
 
 
-def _run(config: ExpandConfig, model: DepthNetwork, data: DataSet, folder: RunFolder, state: RunState,
+def _run(config: ExpandConfig, model: DepthNetwork, data: DataSet, checksum: str, folder: RunFolder, state: RunState,
          display: Display | Silent, resumed: bool) -> Result:
     threads = torch.get_num_threads()
     with folder, _naming(folder), Interrupts() as interrupts, contextlib.ExitStack() as after:
@@ -189,7 +191,6 @@ def _run(config: ExpandConfig, model: DepthNetwork, data: DataSet, folder: RunFo
         torch.set_num_threads(config.run.threads)
         precision = resolve_precision(config.run.precision, config.run.device)
         model.to(config.run.device, memory_format=torch.channels_last)
-        checksum = data.checksum()
         header = {"config": flat(config), "environment": run_environment(config), "data": checksum}
         recorder = Recorder(folder, display, interrupts, state, header, config)
         search = Search(config, model, data, checksum, folder, display, state, recorder, FitConfig(precision, config.run.device))

@@ -211,7 +211,8 @@ def _save_network(search: Search, place: str, weights: dict, accuracies: dict):
                 "precision": search.fit_config.precision, "precision_requested": config.run.precision,
                 "model": config.model, "depth": depth, "dataset": data.name, "data_checksum": search.data_checksum,
                 "target_accuracy": config.search.target_accuracy, "tolerance": config.search.tolerance,
-                "target_met": search.state.target_met, **accuracies, "params": size.params, "state_bytes": size.state_bytes, "macs": size.macs,
+                "target_met": search.state.target_met, **accuracies,
+                "params": size.params, "state_bytes": size.state_bytes, "macs": size.macs,
                 **latency.figures(), "latency_runs": latency.runs}
     normalisation = data.normalisation
     description = export.Description(

@@ -104,5 +104,6 @@ class Recorder:
     def _time_left(self, training: Training, seconds: float) -> str:
         last = self._epochs()
         if last is not None:
-            return f", {'' if isinstance(self._rule, CosineEpochs) else 'at most '}{max(0, last - training.epoch) * seconds:.0f} s left here"
+            bound = "" if isinstance(self._rule, CosineEpochs) else "at most "
+            return f", {bound}{max(0, last - training.epoch) * seconds:.0f} s left here"
         return f", at least {(self._rule.patience - training.counter) * seconds:.0f} s left here"
