@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odn_fast import _extension
-from odn_fast.ops._library import without_autocast
+from odn_fast.ops._library import references, without_autocast
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float64)
 IMPLEMENTATIONS = ("reference", *_extension.instruction_sets())
@@ -53,17 +53,17 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def use_implementation(name: str, reference: ModuleType) -> Iterator[None]:
     """Run an op's CPU calls on one of IMPLEMENTATIONS.
 
-    reference: the module odn_fast.reference.<stem>, whose functions have the names of the dispatcher ops.
+    reference: the module odn_fast.reference.<stem>; it holds the references of the ops meant.
     """
     if name != "reference":
         with _extension.use_instruction_set(name):
             yield
         return
-    stem = reference.__name__.rsplit(".", 1)[1]
     with torch.library._scoped_library("odn_fast", "IMPL") as library, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for op in (stem, f"{stem}_backward"):
-            library.impl(op, without_autocast(getattr(reference, op)), "CPU")
+        for name, function in references.items():
+            if function.__module__ == reference.__name__:
+                library.impl(name, without_autocast(function), "CPU")
         yield
 
 

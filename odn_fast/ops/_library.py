@@ -10,11 +10,13 @@ from collections.abc import Callable
 import torch
 
 library = torch.library.Library("odn_fast", "DEF")
+references: dict[str, Callable] = {}  # of every op defined here, by its name
 
 
 def define(schema: str, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
     """Define an op with its reference and its fake, and return its default overload."""
     name = schema.split("(", 1)[0]
+    references[name] = reference
     library.define(schema)
     library.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"odn_fast::{name}", fake, lib=library)
