@@ -6,7 +6,7 @@
 namespace odn_fast {
 namespace {
 
-constexpr const char* names[] = {"baseline", "avx2", "avx512"};  // by InstructionSet
+constexpr const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};  // by InstructionSet
 
 const char* name_of(InstructionSet set) { return names[static_cast<int>(set)]; }
 
@@ -17,10 +17,10 @@ const std::vector<InstructionSet>& supported() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      found.push_back(InstructionSet::avx512);
-    }
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(InstructionSet::avx512_bf16);
+    if (avx512) found.push_back(InstructionSet::avx512);
     if (avx2) found.push_back(InstructionSet::avx2);
 #endif
     found.push_back(InstructionSet::baseline);

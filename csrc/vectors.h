@@ -1,0 +1,142 @@
+// Vectors of the instruction set a kernel file is compiled for, and how they are read and written.
+//
+// GCC's vector extensions, so that one source serves every instruction set. Everything has internal linkage: the
+// linker keeps one copy of a shared inline function, and an AVX-512 copy would crash an older processor.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace odn_fast::ODN_FAST_INSTRUCTION_SET {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int vector_registers = 32;
+#else
+constexpr int vector_registers = 16;
+#endif
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+template <typename Real>
+struct VectorOf {
+  typedef Real type __attribute__((vector_size(vector_bytes)));
+};
+template <typename Real>
+using Vector = typename VectorOf<Real>::type;
+template <typename Real>
+constexpr int64_t lanes = vector_bytes / sizeof(Real);
+
+using Bits = Vector<uint32_t>;
+typedef uint16_t HalfBits __attribute__((vector_size(vector_bytes / 2)));
+
+// The type arithmetic is done in for what is stored as `Storage`.
+template <typename Storage>
+struct RealOf {
+  using type = Storage;
+};
+template <>
+struct RealOf<Bfloat16> {
+  using type = float;
+};
+template <typename Storage>
+using Real = typename RealOf<Storage>::type;
+
+template <typename Real>
+inline Vector<Real> broadcast(Real value) {
+  return Vector<Real>{} + value;
+}
+
+inline Vector<float> load(const float* from) {
+  Vector<float> value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline Vector<double> load(const double* from) {
+  Vector<double> value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// The conversions of AVX-512 are named, because GCC 12 takes the long way around them.
+inline Vector<float> load(const Bfloat16* from) {
+  HalfBits halves;
+  __builtin_memcpy(&halves, from, sizeof halves);
+#if defined(__AVX512F__)
+  const Bits bits = reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+#else
+  const Bits bits = __builtin_convertvector(halves, Bits);
+#endif
+  return reinterpret_cast<Vector<float>>(bits << 16);
+}
+
+inline void store(float* to, Vector<float> value) { __builtin_memcpy(to, &value, sizeof value); }
+inline void store(double* to, Vector<double> value) { __builtin_memcpy(to, &value, sizeof value); }
+
+// The bits of bfloat16 values in the upper half of every lane: rounded to nearest even; NaN stays NaN.
+inline Bits rounded_bits(Vector<float> value) {
+  const Bits bits = reinterpret_cast<Bits>(value);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  return value == value ? rounded : Bits{} + 0x7fc00000;
+}
+
+inline void store(Bfloat16* to, Vector<float> value) {
+#if defined(__AVX512BF16__)
+  const __m256bh halves = _mm512_cvtneps_pbh(value);
+#elif defined(__AVX512F__)
+  const __m256i halves = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded_bits(value) >> 16));
+#else
+  const HalfBits halves = __builtin_convertvector(rounded_bits(value) >> 16, HalfBits);
+#endif
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+
+// The first `count` lanes, fewer than all of them; the others read as zero.
+template <typename Storage>
+inline auto load_partial(const Storage* from, int64_t count) {
+  Storage part[lanes<Real<Storage>>] = {};
+  for (int64_t lane = 0; lane < count; ++lane) part[lane] = from[lane];
+  return load(part);
+}
+
+template <typename Storage, typename V>
+inline void store_partial(Storage* to, V value, int64_t count) {
+  Storage part[lanes<Real<Storage>>];
+  store(part, value);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = part[lane];
+}
+
+template <typename Storage>
+inline auto load_up_to(const Storage* from, int64_t count) {
+  return count >= lanes<Real<Storage>> ? load(from) : load_partial(from, count);
+}
+
+template <typename Storage, typename V>
+inline void store_up_to(Storage* to, V value, int64_t count) {
+  if (count >= lanes<Real<Storage>>) {
+    store(to, value);
+  } else {
+    store_partial(to, value, count);
+  }
+}
+
+template <typename V>
+inline V relu(V value) {  // NaN stays NaN
+  return value <= 0 ? V{} : value;
+}
+
+}  // namespace
+}  // namespace odn_fast::ODN_FAST_INSTRUCTION_SET
