@@ -76,7 +76,7 @@ inline Vector<float> load(const Bfloat16* from) {
   HalfBits halves;
   __builtin_memcpy(&halves, from, sizeof halves);
 #if defined(__AVX512F__)
-  const Bits bits = reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+  const Bits bits = reinterpret_cast<Bits>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(halves)));
 #else
   const Bits bits = __builtin_convertvector(halves, Bits);
 #endif
@@ -97,7 +97,7 @@ inline void store(Bfloat16* to, Vector<float> value) {
 #if defined(__AVX512BF16__)
   const __m256bh halves = _mm512_cvtneps_pbh(value);
 #elif defined(__AVX512F__)
-  const __m256i halves = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded_bits(value) >> 16));
+  const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(rounded_bits(value) >> 16));
 #else
   const HalfBits halves = __builtin_convertvector(rounded_bits(value) >> 16, HalfBits);
 #endif
