@@ -119,17 +119,27 @@ inline void store_partial(Storage* to, V value, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = part[lane];
 }
 
+// How a block of channels is read and written: whole, or its first `count` lanes at the end of a row of channels.
 template <typename Storage>
-inline auto load_up_to(const Storage* from, int64_t count) {
-  return count >= lanes<Real<Storage>> ? load(from) : load_partial(from, count);
-}
+struct WholeBlock {
+  auto read(const Storage* from) const { return load(from); }
+  void write(Storage* to, Vector<Real<Storage>> value) const { store(to, value); }
+};
 
-template <typename Storage, typename V>
-inline void store_up_to(Storage* to, V value, int64_t count) {
-  if (count >= lanes<Real<Storage>>) {
-    store(to, value);
+template <typename Storage>
+struct PartOfBlock {
+  int64_t count;
+  auto read(const Storage* from) const { return load_partial(from, count); }
+  void write(Storage* to, Vector<Real<Storage>> value) const { store_partial(to, value, count); }
+};
+
+// Calls work(WholeBlock) or work(PartOfBlock), so that loops inside are compiled for each.
+template <typename Storage, typename Work>
+inline void with_block(int64_t channels_left, Work&& work) {
+  if (channels_left >= lanes<Real<Storage>>) {
+    work(WholeBlock<Storage>{});
   } else {
-    store_partial(to, value, count);
+    work(PartOfBlock<Storage>{channels_left});
   }
 }
 

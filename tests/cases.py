@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from odn_fast import _extension
@@ -13,6 +14,18 @@ from odn_fast.ops._library import references, without_autocast
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float64)
 IMPLEMENTATIONS = ("reference", *_extension.instruction_sets())
+
+# of separable convolutions, by name: N, C_in, C_out, H, W
+SEPARABLE_SHAPES = {
+    "odd": (3, 3, 17, 7, 5),
+    "one_channel": (2, 1, 1, 5, 4),
+    "one_position": (9, 17, 3, 1, 1),
+    "one_row": (2, 16, 1, 1, 9),
+    "one_image": (1, 16, 32, 6, 7),
+    "narrow": (2, 40, 64, 9, 2),
+    "wide": (2, 64, 40, 3, 18),
+    "remainders": (2, 33, 50, 8, 13),
+}
 
 
 def _sliced(x: Tensor) -> Tensor:
@@ -49,6 +62,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def has_kernel(op: str) -> bool:
+    """Whether the extension brings a CPU kernel for an op; elsewhere its reference answers on every instruction set."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"odn_fast::{op}", "CPU")
+
+
 @contextmanager
 def use_implementation(name: str, reference: ModuleType) -> Iterator[None]:
     """Run an op's CPU calls on one of IMPLEMENTATIONS.
@@ -67,16 +85,48 @@ def use_implementation(name: str, reference: ModuleType) -> Iterator[None]:
         yield
 
 
-def assert_accurate(result: Tensor, unfused: Tensor, truth: Tensor, arithmetic: torch.dtype) -> None:
+def assert_accurate(
+    result: Tensor, unfused: Tensor, truth: Tensor, arithmetic: torch.dtype, summand: float = 0.0
+) -> None:
     """Largest error against `truth` (float64) at most twice that of PyTorch's unfused result.
 
     The floor, four units of rounding at the largest magnitude, is for what PyTorch happens to round exactly. It
-    is 64 units in float64, where the truth is rounded as the result is.
+    is 64 units in float64, where the truth is rounded as the result is. Where the truth is a sum that may cancel,
+    `summand` is the size of a typical partial sum, whose rounding counts.
     """
     assert result.shape == truth.shape
     if truth.numel() == 0:
         return
     eps = max(torch.finfo(result.dtype).eps, torch.finfo(arithmetic).eps)
-    floor = (64 if eps == torch.finfo(torch.float64).eps else 4) * eps * truth.abs().max()
+    floor = (64 if eps == torch.finfo(torch.float64).eps else 4) * eps * max(truth.abs().max().item(), summand)
     error, allowed = (result - truth).abs().max(), 2 * (unfused - truth).abs().max() + floor
     assert error <= allowed, f"error {error:.3e} is above {allowed:.3e}"
+
+
+def typical_sum(grad_y: Tensor) -> float:
+    """The size of a sum over one channel's terms of either sign, of which a parameter's gradient may be the rest."""
+    return grad_y.double().norm().item() / grad_y.shape[1] ** 0.5
+
+
+def plain_separable_conv(x, dw, pw, bn_weight, bn_bias, stride=1, eps=1e-5):
+    """Depthwise, pointwise, batch norm by PyTorch's own layers in x's dtype, parameters read in it: result, mean, var."""
+    between = F.conv2d(x, dw.to(x.dtype), stride=stride, padding=1, groups=x.shape[1])
+    return plain_pointwise(between, pw, bn_weight, bn_bias, eps)
+
+
+def plain_pointwise(x, pw, bn_weight, bn_bias, eps=1e-5):
+    """Pointwise, batch norm by PyTorch's own layers: result, mean, var."""
+    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+    z = F.conv2d(x, pw.to(x.dtype))
+    var, mean = torch.var_mean(z.detach().to(arithmetic), (0, 2, 3), correction=0)
+    return F.batch_norm(z, None, None, bn_weight.to(arithmetic), bn_bias.to(arithmetic), training=True, eps=eps), mean, var
+
+
+def separable_parameters(c_in: int, c_out: int, conv_dtype: torch.dtype, norm_dtype: torch.dtype) -> list[Tensor]:
+    """dw, pw, bn_weight, bn_bias as after some training."""
+    return [
+        torch.randn(c_in, 1, 3, 3).div_(3).to(conv_dtype),
+        torch.randn(c_out, c_in, 1, 1).div_(c_in**0.5).to(conv_dtype),
+        (0.5 + torch.rand(c_out)).to(norm_dtype),
+        (torch.randn(c_out) / 2).to(norm_dtype),
+    ]

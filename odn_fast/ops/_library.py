@@ -32,3 +32,29 @@ def without_autocast(reference: Callable) -> Callable:
             return reference(*args)
 
     return run
+
+
+def define_autocast(op: torch._ops.OpOverload, read: Callable[..., tuple]) -> None:
+    """Register what `op` does under autocast to bfloat16: it runs on `read(*arguments)`, outside of autocast.
+
+    It runs on its arguments as they are under any other autocast dtype, and where its first argument is float64.
+    """
+    keys = [torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA]
+    autocast = torch._C.DispatchKeySet(keys[0]) | torch._C.DispatchKeySet(keys[1])
+
+    def rule(device):
+        def run(x, *args):
+            with torch._C._ExcludeDispatchKeyGuard(autocast):
+                if torch.get_autocast_dtype(device) == torch.bfloat16 and x.dtype != torch.float64:
+                    return op(*read(x, *args))
+                return op(x, *args)
+
+        return run
+
+    for device, key in zip(("cpu", "cuda"), keys, strict=True):
+        library.impl(op, rule(device), key.name)
+
+
+def as_bfloat16(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A float32 tensor in bfloat16, anything else as it is."""
+    return tensor.bfloat16() if tensor is not None and tensor.dtype == torch.float32 else tensor

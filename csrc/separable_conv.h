@@ -1,0 +1,136 @@
+// Separable convolution on the CPU: what the kernels are told, and the tables through which they are launched.
+// Free of torch headers, so that each kernel can be compiled for its own instruction set.
+//
+// Maps are dense and channels_last, (N, H, W, C). Storage is their element type; Real is double where Storage is
+// double, float otherwise. Vectors over channels are padded with zeros to whole blocks of `lanes` channels: "padded".
+#pragma once
+
+#include <cstdint>
+
+#include "instruction_set.h"
+
+namespace odn_fast::separable_conv {
+
+enum class Activation : int64_t { none, relu, relu6, hard_swish, silu };
+
+// One layer: x -> gather -> pointwise -> z. The gather is a depthwise 3x3 convolution with padding 1 and a stride
+// of 1 or 2, or, where window > 0, the average over windows of that size (the skip connection of a residual unit).
+struct Layer {
+  int64_t batch, in_channels, out_channels;
+  int64_t height, width;          // of x
+  int64_t out_height, out_width;  // of z
+  int64_t stride;
+  int64_t window;
+  int64_t ranges;          // work units of an image: ranges of output rows
+  int64_t rows_per_range;
+
+  const void* x;         // Storage (N, height, width, in_channels)
+  const void* in_scale;  // Real, padded, or null: not x but relu(in_scale * x + in_shift) is gathered
+  const void* in_shift;
+  const void* dw;        // Real, as pack_depthwise gives; unused where window > 0
+};
+
+struct Forward {
+  Layer layer;
+  const void* dw_bias;   // Real, padded, or null
+  Activation act_dw;
+  const void* pw;        // as pack_pointwise gives
+  const void* start;     // Real, padded: what the sum over input channels begins with
+  const void* residual;  // Storage, as z, or null
+  Activation act_pw;
+  void* z;               // Storage (N, out_height, out_width, out_channels), out
+};
+
+// The gradient at z from the gradient at relu(mask_scale * z + mask_shift), or at relu(... + something) = y:
+//   masked = (y > 0, or mask_scale * z + mask_shift > 0, or always) ? grad : 0
+//   gradient at z = scale * masked + constant + slope * z
+struct Gradient {
+  const void* grad;  // Storage, as z
+  const void* z;     // Storage
+  const void* y;     // Storage, as z, or null
+  bool relu;
+  const void* mask_scale;  // Real, padded, as all below
+  const void* mask_shift;
+  const void* scale;
+  const void* constant;
+  const void* slope;
+};
+
+struct Backward {
+  Layer layer;
+  Gradient gradient;
+  const void* pw;  // as pack_pointwise gives, transposed
+  void* grad_x;    // Storage (N, height, width, in_channels), or of z's height and width where window > 0, or null
+
+  // What is added to grad_x: the masked gradient of the identity skip, or that of the pooled skip.
+  const void* skip_grad;    // Storage, as x, or null
+  const void* skip_y;       // Storage, as x: skip_grad counts where skip_y > 0
+  const void* pooled_grad;  // Storage (N, ceil(height / pooled_window), ..., in_channels), or null
+  int64_t pooled_window;
+
+  // Where in_scale is given, grad_x is the gradient at in_scale * x + in_shift, and sums receives, per input channel,
+  // its sum and the sum of its products with x - in_mean.
+  const void* in_mean;  // Real, padded
+};
+
+// What one chunk of work units adds up. Padded over channels, zero before the first unit.
+struct BackwardSums {
+  void* grad_dw;  // Real (in blocks, 9, lanes)
+  void* grad_pw;  // Real (padded out_channels, padded in_channels)
+  double* sums;   // (2, padded in_channels)
+};
+
+// y = relu(scale * z + shift + residual), each part where it is given.
+struct Finish {
+  int64_t channels;
+  const void* z;      // Storage (pixels, channels)
+  const void* scale;  // Real, padded
+  const void* shift;
+  const void* residual;        // Storage (pixels, channels), or null
+  const void* residual_scale;  // Real, padded, or null: the residual is residual_scale * residual + residual_shift
+  const void* residual_shift;
+  bool relu;
+  void* y;  // Storage (pixels, channels), out
+};
+
+// sum of the masked gradient, of its products with z - mean, and of those with other - other_mean.
+struct Reduce {
+  int64_t channels;
+  Gradient gradient;  // scale, constant and slope are not read
+  const void* mean;   // Real, padded
+  const void* other;  // Storage (pixels, channels), or null
+  const void* other_mean;
+  void* masked;  // Storage (pixels, channels), out, or null
+};
+
+struct Functions {
+  int64_t lanes;
+  int64_t (*pointwise_size)(int64_t inputs, int64_t outputs);  // elements of Real that pack_pointwise writes
+  // From Real (channels, 9).
+  void (*pack_depthwise)(int64_t channels, const void* weight, void* packed);
+  // weight[input * input_stride + output * output_stride], Real.
+  void (*pack_pointwise)(int64_t inputs, int64_t outputs, const void* weight, int64_t input_stride,
+                         int64_t output_stride, void* packed);
+
+  int64_t (*forward_workspace)(const Forward&);  // bytes; the workspace is aligned to 64 bytes
+  // Units [first, last) of the batch * ranges; adds the sum and the sum of squares of z before rounding to
+  // sums (2, padded out_channels) unless it is null.
+  void (*forward)(const Forward&, int64_t first, int64_t last, void* workspace, double* sums);
+
+  int64_t (*backward_workspace)(const Backward&);
+  void (*backward)(const Backward&, const BackwardSums&, int64_t first, int64_t last, void* workspace);
+
+  void (*finish)(const Finish&, int64_t first_pixel, int64_t last_pixel);
+  // Adds to sums (3, padded channels).
+  void (*reduce)(const Reduce&, int64_t first_pixel, int64_t last_pixel, double* sums);
+};
+
+struct Kernels {  // by Storage
+  Functions float32;
+  Functions bfloat16;
+  Functions float64;
+};
+
+ODN_FAST_KERNEL_TABLE(Kernels, kernels);
+
+}  // namespace odn_fast::separable_conv

@@ -1,0 +1,362 @@
+// The backward kernels of separable_conv.
+#pragma once
+
+#include "separable_conv_gather.h"
+
+namespace odn_fast::separable_conv::ODN_FAST_INSTRUCTION_SET {
+namespace {
+
+template <typename Real>
+inline Vector<Real> at_channel(const void* padded_values, int64_t channel) {
+  return load(static_cast<const Real*>(padded_values) + channel);
+}
+
+// Calls work(masked), where masked(block, offset, channel, z) is the gradient that the ReLU lets through.
+template <typename Storage, typename Work>
+[[gnu::always_inline]] inline void with_mask(const Gradient& p, const Work& work) {
+  using V = Vector<Real<Storage>>;
+  const Storage* grad = static_cast<const Storage*>(p.grad);
+  const Storage* y = static_cast<const Storage*>(p.y);
+  const void* scale = p.mask_scale;
+  const void* shift = p.mask_shift;
+  if (!p.relu) {
+    work([=](auto of_block, int64_t offset, int64_t, V) { return of_block.read(grad + offset); });
+  } else if (y) {
+    work([=](auto of_block, int64_t offset, int64_t, V) {
+      return of_block.read(y + offset) <= 0 ? V{} : of_block.read(grad + offset);
+    });
+  } else {
+    work([=](auto of_block, int64_t offset, int64_t channel, V z) {
+      const V before = at_channel<Real<Storage>>(scale, channel) * z + at_channel<Real<Storage>>(shift, channel);
+      return before <= 0 ? V{} : of_block.read(grad + offset);
+    });
+  }
+}
+
+// Sums of G blocks of channels over a group of pixels.
+template <int G, typename Storage, typename Access, typename Masked>
+[[gnu::always_inline]] inline void reduce_blocks(const Reduce& p, int64_t begin, int64_t end, int64_t channel, Access of_block,
+                                                 const Masked& masked, double* sums) {
+  using R = Real<Storage>;
+  constexpr int64_t L = lanes<R>;
+  const int64_t channels = p.channels, stride = padded<R>(p.channels);
+  const Storage* z = static_cast<const Storage*>(p.gradient.z);
+  const Storage* other = static_cast<const Storage*>(p.other);
+  Storage* to = static_cast<Storage*>(p.masked);
+  Vector<R> sum[G] = {}, product[G] = {}, other_product[G] = {};
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+#pragma GCC unroll 4
+    for (int i = 0; i < G; ++i) {
+      const int64_t of = channel + i * L, at = pixel * channels + of;
+      const Vector<R> value = of_block.read(z + at), grad = masked(of_block, at, of, value);
+      sum[i] += grad;
+      product[i] += grad * (value - at_channel<R>(p.mean, of));
+      if (other) other_product[i] += grad * (of_block.read(other + at) - at_channel<R>(p.other_mean, of));
+      if (to) of_block.write(to + at, grad);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < G; ++i) {
+    for (int64_t lane = 0; lane < L; ++lane) {
+      double* of_channel = sums + channel + i * L + lane;
+      of_channel[0] += sum[i][lane];
+      of_channel[stride] += product[i][lane];
+      of_channel[2 * stride] += other_product[i][lane];
+    }
+  }
+}
+
+template <typename Storage>
+void reduce(const Reduce& p, int64_t first_pixel, int64_t last_pixel, double* sums) {
+  constexpr int64_t L = lanes<Real<Storage>>, group = 64;  // pixels: short sums in R, their sum in double
+  with_mask<Storage>(p.gradient, [&](const auto& masked) {
+    for (int64_t begin = first_pixel; begin < last_pixel; begin += group) {
+      const int64_t end = smaller(begin + group, last_pixel);
+      int64_t channel = 0;
+      for (; channel + 4 * L <= p.channels; channel += 4 * L) {
+        reduce_blocks<4, Storage>(p, begin, end, channel, WholeBlock<Storage>{}, masked, sums);
+      }
+      for (; channel + L <= p.channels; channel += L) {
+        reduce_blocks<1, Storage>(p, begin, end, channel, WholeBlock<Storage>{}, masked, sums);
+      }
+      if (channel < p.channels) {
+        reduce_blocks<1, Storage>(p, begin, end, channel, PartOfBlock<Storage>{p.channels - channel}, masked, sums);
+      }
+    }
+  });
+}
+
+// The gradient at z of `pixels` pixels, blocked; `from` is the offset of the first.
+template <typename Storage>
+void z_gradient(const Gradient& p, int64_t from, int64_t pixels, int64_t channels, Real<Storage>* to) {
+  using R = Real<Storage>;
+  constexpr int64_t L = lanes<R>;
+  with_mask<Storage>(p, [&](const auto& masked) {
+    for (int64_t channel = 0; channel < channels; channel += L) {
+      const Vector<R> scale = at_channel<R>(p.scale, channel), constant = at_channel<R>(p.constant, channel);
+      const Vector<R> slope = at_channel<R>(p.slope, channel);
+      const Storage* z = static_cast<const Storage*>(p.z) + from + channel;
+      R* of_block_to = to + channel * pixels;
+      with_block<Storage>(channels - channel, [&](auto of_block) {
+        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+          const Vector<R> value = of_block.read(z + pixel * channels);
+          const Vector<R> grad = masked(of_block, from + channel + pixel * channels, channel, value);
+          store(of_block_to + pixel * L, scale * grad + (slope * value + constant));
+        }
+      });
+    }
+  });
+}
+
+// The gradient of one row and block of x from what came through the depthwise convolution, [column][lane].
+template <typename Storage>
+void finish_row(const Backward& p, int64_t image, int64_t row, int64_t channel, const Real<Storage>* from,
+                const Real<Storage>* x, double* sums) {
+  using R = Real<Storage>;
+  constexpr int64_t L = lanes<R>;
+  const Layer& layer = p.layer;
+  const int64_t channels = layer.in_channels, width = layer.width;
+  const int64_t offset = (image * layer.height + row) * width * channels + channel;
+  Storage* to = static_cast<Storage*>(p.grad_x) + offset;
+  with_block<Storage>(channels - channel, [&](auto of_block) {
+    if (layer.in_scale) {  // x is relu(in_scale * raw + in_shift)
+      const Storage* raw = static_cast<const Storage*>(layer.x) + offset;
+      const Vector<R> mean = at_channel<R>(p.in_mean, channel);
+      Vector<R> sum{}, product{};
+      for (int64_t column = 0; column < width; ++column) {
+        const Vector<R> grad = load(x + column * L) <= 0 ? Vector<R>{} : load(from + column * L);
+        sum += grad;
+        product += grad * (of_block.read(raw + column * channels) - mean);
+        of_block.write(to + column * channels, grad);
+      }
+      for (int64_t lane = 0; lane < L; ++lane) {
+        sums[channel + lane] += sum[lane];
+        sums[padded<R>(channels) + channel + lane] += product[lane];
+      }
+    } else if (p.skip_grad) {
+      const Storage* skip = static_cast<const Storage*>(p.skip_grad) + offset;
+      const Storage* y = static_cast<const Storage*>(p.skip_y) + offset;
+      for (int64_t column = 0; column < width; ++column) {
+        const int64_t at = column * channels;
+        const Vector<R> let_through = of_block.read(y + at) <= 0 ? Vector<R>{} : of_block.read(skip + at);
+        of_block.write(to + at, load(from + column * L) + let_through);
+      }
+    } else if (p.pooled_grad) {
+      const int64_t window = p.pooled_window, out_row = row / window;
+      const int64_t out_height = (layer.height + window - 1) / window, out_width = (width + window - 1) / window;
+      const int64_t rows = smaller(window, layer.height - out_row * window);
+      const Storage* pooled =
+          static_cast<const Storage*>(p.pooled_grad) + (image * out_height + out_row) * out_width * channels + channel;
+      for (int64_t first = 0; first < width; first += window, pooled += channels) {
+        const int64_t last = smaller(first + window, width);
+        const Vector<R> share = of_block.read(pooled) / static_cast<R>(rows * (last - first));
+        for (int64_t column = first; column < last; ++column) {
+          of_block.write(to + column * channels, load(from + column * L) + share);
+        }
+      }
+    } else {
+      for (int64_t column = 0; column < width; ++column) of_block.write(to + column * channels, load(from + column * L));
+    }
+  });
+}
+
+// One row of a block of x, stride 1: its gradient, and what it adds to that of the depthwise weights. Both read the
+// gradient of the depthwise output, of which above, centre and below are rows from column -1 on.
+template <typename Real>
+[[gnu::always_inline]] inline void depthwise_backward_row(const Real* above, const Real* centre, const Real* below,
+                                                          const Real* x, const Vector<Real> (&weight)[9],
+                                                          Vector<Real> (&sums)[9], int64_t width, Real* to) {
+  constexpr int64_t L = lanes<Real>;
+  const Real* rows[3] = {below, centre, above};  // the outputs that read this row through the taps' row 0, 1, 2
+  for (int64_t column = 0; column < width; ++column) {
+    const Vector<Real> value = load(x + column * L);
+    Vector<Real> grad{};
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) {
+        const Vector<Real> output = load(rows[i] + (column + 2 - j) * L);
+        grad += weight[3 * i + j] * output;
+        sums[3 * i + j] += value * output;
+      }
+    }
+    store(to + column * L, grad);
+  }
+}
+
+// The same with stride 2, for a pair of rows of x, which outputs `here` and `next` (from column 0 on) read. The right
+// border of x is a column of zeros, and so is the row below an odd height.
+template <typename Real>
+[[gnu::always_inline]] inline void depthwise_backward_rows(const Real* here, const Real* next, const Real* upper,
+                                                           const Real* lower, const Vector<Real> (&weight)[9],
+                                                           Vector<Real> (&sums)[9], int64_t width, Real* to_upper,
+                                                           Real* to_lower) {
+  constexpr int64_t L = lanes<Real>;
+  for (int64_t column = 0; column < width; column += 2, here += L, next += L) {
+    const Vector<Real> x00 = load(upper + column * L), x01 = load(upper + (column + 1) * L);
+    const Vector<Real> x10 = load(lower + column * L), x11 = load(lower + (column + 1) * L);
+    const Vector<Real> g00 = load(here), g01 = load(here + L), g10 = load(next), g11 = load(next + L);
+    sums[0] += x11 * g11;
+    sums[1] += x10 * g10;
+    sums[2] += x11 * g10;
+    sums[3] += x01 * g01;
+    sums[4] += x00 * g00;
+    sums[5] += x01 * g00;
+    sums[6] += x11 * g01;
+    sums[7] += x10 * g00;
+    sums[8] += x11 * g00;
+    store(to_upper + column * L, weight[4] * g00);
+    store(to_upper + (column + 1) * L, weight[5] * g00 + weight[3] * g01);
+    store(to_lower + column * L, weight[7] * g00 + weight[1] * g10);
+    store(to_lower + (column + 1) * L, (weight[8] * g00 + weight[6] * g01) + (weight[2] * g10 + weight[0] * g11));
+  }
+}
+
+// Everything one unit of the backward pass works with.
+template <typename Storage>
+class BackwardUnit {
+ public:
+  using R = Real<Storage>;
+  static constexpr int64_t L = lanes<R>;
+
+  BackwardUnit(const Backward& p, const BackwardSums& to, Workspace& workspace)
+      : p_(p),
+        layer_(p.layer),
+        to_(to),
+        gather_(p.layer, workspace, p.layer.stride),
+        gradients_(workspace, p.layer.window ? 0 : rows_per_band(p.layer) + 2, p.layer.out_width, p.layer.in_channels,
+                   p.layer.out_height),
+        z_gradient_(workspace.take<R>(rows_per_band(p.layer) * p.layer.out_width * padded<R>(p.layer.out_channels))),
+        x_gradient_(workspace.take<R>(
+            (p.layer.window ? rows_per_band(p.layer) * blocks_of<R>(p.layer.in_channels) : 2) * (p.layer.width + 1) * L)),
+        zeros_(workspace.take<R>(padded<R>(p.layer.in_channels))) {}
+
+  void clear_borders() {
+    gather_.clear_borders();
+    gradients_.clear_borders();
+    clear(zeros_, padded<R>(layer_.in_channels));
+  }
+
+  void run(const Range& range) {
+    image_ = range.image;
+    gather_.begin(range.image, range.first);
+    if (layer_.window) {
+      for (int64_t row = range.first; row < range.last; row += rows_per_band(layer_)) {
+        band(row, smaller(row + rows_per_band(layer_), range.last), true);
+      }
+      return;
+    }
+    // Rows of x at the range's border are also read by outputs beyond it, whose gradients are computed here again.
+    done_ = range.first;
+    const int64_t above = layer_.stride == 1 ? larger(range.first - 1, 0) : range.first;
+    const int64_t below = smaller(range.last + 1, layer_.out_height);
+    if (above < range.first) band(above, range.first, false);
+    for (int64_t row = range.first; row < range.last; row += rows_per_band(layer_)) {
+      const int64_t last = smaller(row + rows_per_band(layer_), range.last);
+      band(row, last, true);
+      inputs(last == layer_.out_height ? last : last - 1);
+    }
+    if (range.last < below) {
+      band(range.last, below, false);
+      inputs(range.last);
+    }
+  }
+
+ private:
+  // The gradient at the gathered values for output rows [first, last), and, for rows of this range, the sums of the
+  // pointwise weights' gradient.
+  void band(int64_t first, int64_t last, bool own) {
+    const int64_t width = layer_.out_width, pixels = (last - first) * width;
+    const int64_t offset = (image_ * layer_.out_height + first) * width;
+    const R* pw = static_cast<const R*>(p_.pw);
+    z_gradient<Storage>(p_.gradient, offset * layer_.out_channels, pixels, layer_.out_channels, z_gradient_);
+    if (own) {
+      gather_.rows(first, last, nullptr);
+      outer_product(pixels, z_gradient_, pixels * L, layer_.out_channels, gather_.band(), gather_.block_size(),
+                    layer_.in_channels, static_cast<R*>(to_.grad_pw), padded<R>(layer_.in_channels));
+    }
+    if (layer_.window) {
+      if (!p_.grad_x) return;
+      const int64_t channels = layer_.in_channels;
+      product_into(x_gradient_, pixels * L, pixels, z_gradient_, pixels * L, pw, layer_.out_channels, channels, zeros_);
+      for (int64_t channel = 0; channel < channels; channel += L) {
+        Storage* to = static_cast<Storage*>(p_.grad_x) + offset * channels + channel;
+        with_block<Storage>(channels - channel, [&](auto of_block) {
+          for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+            of_block.write(to + pixel * channels, load(x_gradient_ + channel * pixels + pixel * L));
+          }
+        });
+      }
+      return;
+    }
+    for (int64_t row = first; row < last; ++row) {
+      product_into(gradients_.row(row) + L, gradients_.block_size(), width, z_gradient_ + (row - first) * width * L,
+                   pixels * L, pw, layer_.out_channels, layer_.in_channels, zeros_);
+    }
+  }
+
+  // Rows of x (pairs of rows with stride 2) from the last one done up to `last`.
+  void inputs(int64_t last) {
+    if (last <= done_) return;
+    for (int64_t block = 0; block < blocks_of<R>(layer_.in_channels); ++block) {
+      R* grad_dw = static_cast<R*>(to_.grad_dw) + block * 9 * L;
+      Vector<R> weight[9], sums[9];
+#pragma GCC unroll 9
+      for (int i = 0; i < 9; ++i) {
+        weight[i] = load(static_cast<const R*>(layer_.dw) + (block * 9 + i) * L);
+        sums[i] = load(grad_dw + i * L);
+      }
+      for (int64_t row = done_; row < last; ++row) {
+        if (layer_.stride == 1) {
+          const R* x = gather_.ring().block(row, block) + L;
+          depthwise_backward_row(gradients_.block(row - 1, block), gradients_.block(row, block),
+                                 gradients_.block(row + 1, block), x, weight, sums, layer_.width, x_gradient_);
+          finish(row, block, x_gradient_);
+        } else {
+          R* lower = x_gradient_ + (layer_.width + 1) * L;
+          depthwise_backward_rows(gradients_.block(row, block) + L, gradients_.block(row + 1, block) + L,
+                                  gather_.ring().block(2 * row, block) + L, gather_.ring().block(2 * row + 1, block) + L,
+                                  weight, sums, layer_.width, x_gradient_, lower);
+          finish(2 * row, block, x_gradient_);
+          if (2 * row + 1 < layer_.height) finish(2 * row + 1, block, lower);
+        }
+      }
+#pragma GCC unroll 9
+      for (int i = 0; i < 9; ++i) store(grad_dw + i * L, sums[i]);
+    }
+    done_ = last;
+  }
+
+  void finish(int64_t row, int64_t block, const R* from) {
+    if (!p_.grad_x) return;
+    finish_row<Storage>(p_, image_, row, block * L, from, gather_.ring().block(row, block) + L, to_.sums);
+  }
+
+  const Backward& p_;
+  const Layer& layer_;
+  const BackwardSums& to_;
+  Gather<Storage> gather_;
+  RowRing<R> gradients_;
+  R* z_gradient_;
+  R* x_gradient_;
+  R* zeros_;
+  int64_t image_ = 0, done_ = 0;
+};
+
+template <typename Storage>
+int64_t backward_workspace(const Backward& p) {
+  Workspace workspace(nullptr);
+  BackwardUnit<Storage>(p, {}, workspace);
+  return workspace.used();
+}
+
+template <typename Storage>
+void backward(const Backward& p, const BackwardSums& to, int64_t first_unit, int64_t last_unit, void* memory) {
+  Workspace workspace(memory);
+  BackwardUnit<Storage> unit(p, to, workspace);
+  unit.clear_borders();
+  for (int64_t index = last_unit; index-- > first_unit;) unit.run(range_of(p.layer, index));
+}
+
+}  // namespace
+}  // namespace odn_fast::separable_conv::ODN_FAST_INSTRUCTION_SET

@@ -1,0 +1,269 @@
+// The CPU kernels of separable_conv, compiled once per instruction set.
+#include "separable_conv_backward.h"
+
+namespace odn_fast::separable_conv::ODN_FAST_INSTRUCTION_SET {
+namespace {
+
+template <typename Real>
+void pack_depthwise(int64_t channels, const void* weight, void* packed) {
+  constexpr int64_t L = lanes<Real>;
+  Real* to = static_cast<Real*>(packed);
+  for (int64_t first = 0; first < channels; first += L) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      for (int64_t channel = first; channel < first + L; ++channel) {
+        *to++ = channel < channels ? static_cast<const Real*>(weight)[channel * 9 + tap] : Real{};
+      }
+    }
+  }
+}
+
+// exp(x) to the last bits of float: 2^n times a polynomial on [-ln(2)/2, ln(2)/2].
+inline Vector<float> exponential(Vector<float> x) {
+  typedef int32_t Integers __attribute__((vector_size(vector_bytes)));
+  const Vector<float> shifted = x * 1.442695041f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are an integer
+  const Vector<float> n = shifted - 12582912.0f;
+  const Vector<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Integers exponent = reinterpret_cast<Integers>(shifted) << 23;
+  const Vector<float> value = reinterpret_cast<Vector<float>>(reinterpret_cast<Integers>(p) + exponent);
+  const Vector<float> finite = x < -87.3f ? Vector<float>{} : value;
+  return x > 88.7f ? broadcast(__builtin_inff()) : x == x ? finite : x;
+}
+
+inline Vector<double> exponential(Vector<double> x) {
+  for (int64_t lane = 0; lane < lanes<double>; ++lane) x[lane] = __builtin_exp(x[lane]);
+  return x;
+}
+
+template <typename Real, typename V>
+inline V activate(V value, Activation activation) {
+  switch (activation) {
+    case Activation::none: return value;
+    case Activation::relu: return relu(value);
+    case Activation::relu6: {
+      const V positive = relu(value);
+      return positive > 6 ? broadcast(Real{6}) : positive;
+    }
+    case Activation::hard_swish: {
+      const V gate = relu(value + 3);
+      return value * (gate > 6 ? broadcast(Real{6}) : gate) / 6;
+    }
+    case Activation::silu: return value / (1 + exponential(-value));
+  }
+  return value;
+}
+
+template <typename Storage>
+class ForwardUnit {
+ public:
+  using R = Real<Storage>;
+  static constexpr int64_t L = lanes<R>;
+
+  ForwardUnit(const Forward& p, Workspace& workspace)
+      : p_(p),
+        layer_(p.layer),
+        gather_(p.layer, workspace, 0),
+        out_(workspace.take<R>(rows_per_band(p.layer) * p.layer.out_width * padded<R>(p.layer.out_channels))),
+        sums_(workspace.take<R>(2 * padded<R>(p.layer.out_channels))) {}
+
+  void clear_borders() { gather_.clear_borders(); }
+
+  void run(const Range& range, double* sums) {
+    const int64_t outputs = layer_.out_channels;
+    gather_.begin(range.image, range.first);
+    for (int64_t row = range.first; row < range.last; row += rows_per_band(layer_)) {
+      const int64_t last = smaller(row + rows_per_band(layer_), range.last), pixels = (last - row) * layer_.out_width;
+      gather_.rows(row, last, static_cast<const R*>(p_.dw_bias));
+      if (p_.act_dw != Activation::none) {
+        for (R* at = gather_.band(); at < gather_.band() + blocks_of<R>(layer_.in_channels) * gather_.block_size(); at += L) {
+          store(at, activate<R>(load(at), p_.act_dw));
+        }
+      }
+      const int64_t offset = (range.image * layer_.out_height + row) * layer_.out_width * outputs;
+      clear(sums_, 2 * padded<R>(outputs));
+      if (outputs % L == 0 && !p_.residual && p_.act_pw <= Activation::relu6) {
+        band_in_registers(pixels, offset, sums);
+      } else {
+        band_in_cache(pixels, offset, sums);
+      }
+      if (sums) {
+        for (int64_t i = 0; i < 2 * padded<R>(outputs); ++i) sums[i] += sums_[i];
+      }
+    }
+  }
+
+ private:
+  // Sums, clamps and stores the tiles of the product straight from registers.
+  void band_in_registers(int64_t pixels, int64_t offset, bool statistics) {
+    const int64_t outputs = layer_.out_channels, blocks = outputs / L;
+    Storage* z = static_cast<Storage*>(p_.z) + offset;
+    R* band_sums = sums_;
+    const auto multiply = [&](const auto& done) {
+      product(pixels, gather_.band(), gather_.block_size(), static_cast<const R*>(p_.pw), layer_.in_channels, outputs,
+              static_cast<const R*>(p_.start), done);
+    };
+    if (statistics) {
+      multiply([=]<int M, int J>(int64_t pixel, int64_t block, const Vector<R>(&values)[M][J]) {
+#pragma GCC unroll 2
+        for (int j = 0; j < J; ++j) {
+          R* of_block = band_sums + (block + j) * L;
+          Vector<R> sum = values[0][j], squares = values[0][j] * values[0][j];
+#pragma GCC unroll 16
+          for (int m = 1; m < M; ++m) {
+            sum += values[m][j];
+            squares += values[m][j] * values[m][j];
+          }
+          store(of_block, load(of_block) + sum);
+          store(of_block + blocks * L, load(of_block + blocks * L) + squares);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) store(z + (pixel + m) * outputs + (block + j) * L, values[m][j]);
+        }
+      });
+      return;
+    }
+    const R infinity = __builtin_huge_val();
+    const Vector<R> lowest = broadcast(p_.act_pw == Activation::none ? -infinity : R{0});
+    const Vector<R> highest = broadcast(p_.act_pw == Activation::relu6 ? R{6} : infinity);
+    multiply([=]<int M, int J>(int64_t pixel, int64_t block, const Vector<R>(&values)[M][J]) {
+#pragma GCC unroll 2
+      for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const Vector<R> low = values[m][j] < lowest ? lowest : values[m][j];  // NaN stays NaN
+          store(z + (pixel + m) * outputs + (block + j) * L, low > highest ? highest : low);
+        }
+      }
+    });
+  }
+
+  // The same by way of a buffer, for everything else: a residual, other activations, channels that fill no block.
+  void band_in_cache(int64_t pixels, int64_t offset, bool statistics) {
+    const int64_t outputs = layer_.out_channels;
+    product_into(out_, pixels * L, pixels, gather_.band(), gather_.block_size(), static_cast<const R*>(p_.pw),
+                 layer_.in_channels, outputs, static_cast<const R*>(p_.start));
+    for (int64_t channel = 0; channel < outputs; channel += L) {
+      const R* from = out_ + channel * pixels;
+      Storage* z = static_cast<Storage*>(p_.z) + offset + channel;
+      const Storage* residual = p_.residual ? static_cast<const Storage*>(p_.residual) + offset + channel : nullptr;
+      Vector<R> sum{}, squares{};
+      with_block<Storage>(outputs - channel, [&](auto of_block) {
+        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+          Vector<R> value = load(from + pixel * L);
+          if (statistics) {
+            sum += value;
+            squares += value * value;
+          }
+          if (residual) value += of_block.read(residual + pixel * outputs);
+          of_block.write(z + pixel * outputs, activate<R>(value, p_.act_pw));
+        }
+      });
+      store(sums_ + channel, sum);
+      store(sums_ + padded<R>(outputs) + channel, squares);
+    }
+  }
+
+  const Forward& p_;
+  const Layer& layer_;
+  Gather<Storage> gather_;
+  R* out_;
+  R* sums_;
+};
+
+template <typename Storage>
+int64_t forward_workspace(const Forward& p) {
+  Workspace workspace(nullptr);
+  ForwardUnit<Storage>(p, workspace);
+  return workspace.used();
+}
+
+template <typename Storage>
+void forward(const Forward& p, int64_t first_unit, int64_t last_unit, void* memory, double* sums) {
+  Workspace workspace(memory);
+  ForwardUnit<Storage> unit(p, workspace);
+  unit.clear_borders();
+  for (int64_t index = first_unit; index < last_unit; ++index) unit.run(range_of(p.layer, index), sums);
+}
+
+// G blocks of channels at a time: their coefficients stay in registers and memory is read in order.
+template <int G, typename Storage, typename Access, typename Residual>
+[[gnu::always_inline]] inline void finish_blocks(const Finish& p, int64_t first_pixel, int64_t last_pixel, int64_t channel,
+                                                 Access of_block, Residual residual) {
+  using R = Real<Storage>;
+  constexpr int64_t L = lanes<R>;
+  Vector<R> scale[G], shift[G];
+#pragma GCC unroll 4
+  for (int i = 0; i < G; ++i) {
+    scale[i] = load(static_cast<const R*>(p.scale) + channel + i * L);
+    shift[i] = load(static_cast<const R*>(p.shift) + channel + i * L);
+  }
+  const Vector<R> lowest = broadcast(p.relu ? R{0} : -static_cast<R>(__builtin_huge_val()));
+  const int64_t channels = p.channels;
+  const Storage* z = static_cast<const Storage*>(p.z) + channel;
+  Storage* y = static_cast<Storage*>(p.y) + channel;
+  for (int64_t pixel = first_pixel; pixel < last_pixel; ++pixel) {
+#pragma GCC unroll 4
+    for (int i = 0; i < G; ++i) {
+      const int64_t at = pixel * channels + i * L;
+      const Vector<R> value = scale[i] * of_block.read(z + at) + shift[i] + residual(channel + i * L, channel + at);
+      of_block.write(y + at, value < lowest ? lowest : value);
+    }
+  }
+}
+
+template <typename Storage, typename Residual>
+void finish_all(const Finish& p, int64_t first_pixel, int64_t last_pixel, const Residual& residual) {
+  constexpr int64_t L = lanes<Real<Storage>>;
+  int64_t channel = 0;
+  const auto blocks = [&]<int G>(auto of_block) {
+    finish_blocks<G, Storage>(p, first_pixel, last_pixel, channel, of_block, [&](int64_t of_channel, int64_t at) {
+      return residual(of_block, of_channel, at);
+    });
+    channel += G * L;
+  };
+  while (channel + 4 * L <= p.channels) blocks.template operator()<4>(WholeBlock<Storage>{});
+  while (channel + L <= p.channels) blocks.template operator()<1>(WholeBlock<Storage>{});
+  if (channel < p.channels) blocks.template operator()<1>(PartOfBlock<Storage>{p.channels - channel});
+}
+
+template <typename Storage>
+void finish(const Finish& p, int64_t first_pixel, int64_t last_pixel) {
+  using R = Real<Storage>;
+  const Storage* residual = static_cast<const Storage*>(p.residual);
+  const R* scale = static_cast<const R*>(p.residual_scale);
+  const R* shift = static_cast<const R*>(p.residual_shift);
+  if (!residual) {
+    finish_all<Storage>(p, first_pixel, last_pixel, [](auto, int64_t, int64_t) { return Vector<R>{}; });
+  } else if (!scale) {
+    finish_all<Storage>(p, first_pixel, last_pixel,
+                        [=](auto of_block, int64_t, int64_t at) { return of_block.read(residual + at); });
+  } else {
+    finish_all<Storage>(p, first_pixel, last_pixel, [=](auto of_block, int64_t channel, int64_t at) {
+      return load(scale + channel) * of_block.read(residual + at) + load(shift + channel);
+    });
+  }
+}
+
+template <typename Storage>
+constexpr Functions functions{
+    lanes<Real<Storage>>,
+    pointwise_size<Real<Storage>>,
+    pack_depthwise<Real<Storage>>,
+    pack_pointwise<Real<Storage>>,
+    forward_workspace<Storage>,
+    forward<Storage>,
+    backward_workspace<Storage>,
+    backward<Storage>,
+    finish<Storage>,
+    reduce<Storage>,
+};
+
+}  // namespace
+
+extern const Kernels kernels{functions<float>, functions<Bfloat16>, functions<double>};
+
+}  // namespace odn_fast::separable_conv::ODN_FAST_INSTRUCTION_SET

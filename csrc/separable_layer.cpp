@@ -1,0 +1,492 @@
+#include "separable_layer.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <new>
+
+namespace odn_fast::separable_conv {
+namespace {
+
+// Work is cut into chunks by its size alone, so that sums, added in the order of the chunks, have the same bits with
+// any number of threads.
+constexpr int64_t most_chunks = 16;
+constexpr int64_t multiply_adds_worth_a_thread = 1 << 18;
+constexpr int64_t most_partial_sums = 1 << 22;  // elements of all chunks' weight gradients together
+
+const Functions& functions_for(const Tensor& x) {
+  const Kernels& table = kernels.chosen();
+  switch (x.scalar_type()) {
+    case at::kBFloat16: return table.bfloat16;
+    case at::kDouble: return table.float64;
+    default: return table.float32;
+  }
+}
+
+int64_t padded(const Tensor& x, int64_t channels) {
+  const int64_t lanes = functions_for(x).lanes;
+  return (channels + lanes - 1) / lanes * lanes;
+}
+
+// Memory that a thread keeps from call to call: what glibc is handed back and gives again costs a fault per page.
+class Scratch {
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(::operator new(bytes, alignment));
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, alignment); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
+
+void* workspace(int64_t bytes) {
+  thread_local Scratch scratch;
+  return scratch.at_least(bytes);
+}
+
+struct Chunks {
+  int64_t units, count;
+  int64_t first(int64_t chunk) const { return units * chunk / count; }
+};
+
+// A sweep that follows another over the same maps goes backward: it begins with what is still in cache.
+enum class Order { forward, backward };
+
+void run(const Chunks& chunks, int64_t multiply_adds, Order order, const std::function<void(int64_t)>& work) {
+  if (chunks.units == 0) return;
+  const int64_t grain = chunks.count * multiply_adds_worth_a_thread / (multiply_adds + 1) + 1;
+  at::parallel_for(0, chunks.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(order == Order::forward ? i : begin + end - 1 - i);
+  });
+}
+
+// Vectors over channels, padded with zeros, in the type of arithmetic.
+class Vectors {
+ public:
+  Vectors(const Tensor& x, int64_t channels, std::initializer_list<const Values*> all)
+      : stride_(padded(x, channels)), memory_(at::zeros({static_cast<int64_t>(all.size()), stride_}, compute_type(x))) {
+    int64_t row = 0;
+    for (const Values* values : all) {
+      for (size_t i = 0; i < values->size(); ++i) {
+        if (memory_.scalar_type() == at::kDouble) {
+          memory_.mutable_data_ptr<double>()[row * stride_ + i] = (*values)[i];
+        } else {
+          memory_.mutable_data_ptr<float>()[row * stride_ + i] = static_cast<float>((*values)[i]);
+        }
+      }
+      ++row;
+    }
+  }
+
+  const void* operator[](int64_t row) const {
+    return static_cast<const char*>(memory_.const_data_ptr()) + row * stride_ * memory_.element_size();
+  }
+
+ private:
+  int64_t stride_;
+  Tensor memory_;
+};
+
+Tensor packed_depthwise(const Tensor& x, const Tensor& dw) {
+  const Functions& functions = functions_for(x);
+  const Tensor weight = dw.to(compute_type(x)).contiguous();
+  Tensor packed = at::empty({padded(x, dw.size(0)) * 9}, weight.options());
+  functions.pack_depthwise(dw.size(0), weight.const_data_ptr(), packed.mutable_data_ptr());
+  return packed;
+}
+
+Tensor packed_pointwise(const Tensor& x, const Tensor& pw, bool transposed) {
+  const Functions& functions = functions_for(x);
+  const Tensor weight = pw.to(compute_type(x)).contiguous();
+  const int64_t outputs = pw.size(0), inputs = pw.size(1);
+  if (transposed) {
+    Tensor packed = at::empty({functions.pointwise_size(outputs, inputs)}, weight.options());
+    functions.pack_pointwise(outputs, inputs, weight.const_data_ptr(), inputs, 1, packed.mutable_data_ptr());
+    return packed;
+  }
+  Tensor packed = at::empty({functions.pointwise_size(inputs, outputs)}, weight.options());
+  functions.pack_pointwise(inputs, outputs, weight.const_data_ptr(), 1, inputs, packed.mutable_data_ptr());
+  return packed;
+}
+
+Layer describe(const Tensor& x, const Weights& weights, const void* packed_dw, const Vectors* transform) {
+  Layer layer{};
+  layer.batch = x.size(0);
+  layer.in_channels = x.size(1);
+  layer.out_channels = weights.pw.size(0);
+  layer.height = x.size(2);
+  layer.width = x.size(3);
+  layer.out_height = output_size(x.size(2), weights.stride);
+  layer.out_width = output_size(x.size(3), weights.stride);
+  layer.stride = weights.dw ? weights.stride : 1;
+  layer.window = weights.dw ? 0 : weights.stride;
+  const int64_t wanted = layer.batch < most_chunks ? (most_chunks + layer.batch - 1) / std::max<int64_t>(layer.batch, 1) : 1;
+  layer.rows_per_range = std::max<int64_t>((layer.out_height + wanted - 1) / wanted, std::min<int64_t>(layer.out_height, 4));
+  layer.ranges = (layer.out_height + layer.rows_per_range - 1) / layer.rows_per_range;
+  layer.x = x.const_data_ptr();
+  layer.in_scale = transform ? (*transform)[0] : nullptr;
+  layer.in_shift = transform ? (*transform)[1] : nullptr;
+  layer.dw = packed_dw;
+  return layer;
+}
+
+Chunks chunks_of(const Layer& layer, int64_t most) {
+  const int64_t units = layer.batch * layer.ranges;
+  return {units, std::max<int64_t>(std::min(units, most), 1)};
+}
+
+int64_t multiply_adds(const Layer& layer) {
+  return layer.batch * layer.out_height * layer.out_width * layer.in_channels * (layer.out_channels + 9);
+}
+
+// What the packed weights and vectors of a layer keep alive while its kernels run.
+struct Prepared {
+  Prepared(const LayerInput& input, const Weights& weights)
+      : dw(weights.dw ? packed_depthwise(input.x, *weights.dw) : Tensor()),
+        transform(input.transform ? std::optional<Vectors>(
+                                        std::in_place, input.x, input.x.size(1),
+                                        std::initializer_list<const Values*>{&input.transform->scale, &input.transform->shift})
+                                  : std::nullopt),
+        layer(describe(input.x, weights, weights.dw ? dw.const_data_ptr() : nullptr, transform ? &*transform : nullptr)) {}
+
+  Tensor dw;
+  std::optional<Vectors> transform;
+  Layer layer;
+};
+
+Tensor empty_map(const Tensor& x, at::IntArrayRef shape) {
+  return at::empty(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+void launch_forward(const Functions& functions, const Forward& forward, std::vector<double>* sums, int64_t stride) {
+  const Chunks chunks = chunks_of(forward.layer, most_chunks);
+  if (sums) sums->assign(chunks.count * stride, 0.0);
+  run(chunks, multiply_adds(forward.layer), Order::forward, [&](int64_t chunk) {
+    functions.forward(forward, chunks.first(chunk), chunks.first(chunk + 1), workspace(functions.forward_workspace(forward)),
+                      sums ? sums->data() + chunk * stride : nullptr);
+  });
+}
+
+// Calls work(pointer to the elements), typed.
+template <typename Work>
+void with_elements(const Tensor& tensor, Work&& work) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return work(tensor.const_data_ptr<double>());
+    case at::kBFloat16: return work(tensor.const_data_ptr<at::BFloat16>());
+    default: return work(tensor.const_data_ptr<float>());
+  }
+}
+
+// The mean of the pointwise output over a few pixels: near enough to the mean over all that subtracting it spares the
+// digits of the variance and of the stored z.
+Values pivot(const LayerInput& input, const Weights& weights, const Layer& layer) {
+  constexpr int64_t most_pixels = 16;
+  const int64_t channels = layer.in_channels, pixels = layer.batch * layer.out_height * layer.out_width;
+  const int64_t samples = std::min(pixels, most_pixels);
+  const Values dw = weights.dw ? values_of(weights.dw->reshape(-1)) : Values();
+  Values gathered(channels, 0.0), result(layer.out_channels, 0.0);
+  with_elements(input.x, [&](const auto* x) {
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      const int64_t pixel = (2 * sample + 1) * pixels / (2 * samples), column = pixel % layer.out_width;
+      const int64_t row = pixel / layer.out_width % layer.out_height, image = pixel / (layer.out_width * layer.out_height);
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const int64_t i = row * weights.stride + tap / 3 - 1, j = column * weights.stride + tap % 3 - 1;
+        if (i < 0 || i >= layer.height || j < 0 || j >= layer.width || (!weights.dw && tap != 4)) continue;
+        const auto* at = x + ((image * layer.height + i) * layer.width + j) * channels;
+        for (int64_t c = 0; c < channels; ++c) {
+          double value = static_cast<double>(at[c]);
+          if (input.transform) value = std::max(input.transform->scale[c] * value + input.transform->shift[c], 0.0);
+          gathered[c] += weights.dw ? dw[c * 9 + tap] * value : value;
+        }
+      }
+    }
+  });
+  const Values pw = values_of(weights.pw.reshape(-1));
+  for (int64_t output = 0; output < layer.out_channels; ++output) {
+    for (int64_t c = 0; c < channels; ++c) result[output] += pw[output * channels + c] * gathered[c] / samples;
+  }
+  return result;
+}
+
+Tensor vector_of(const Values& values, at::ScalarType type) {
+  const Tensor result = at::empty({static_cast<int64_t>(values.size())}, type);
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (type == at::kDouble) {
+      result.mutable_data_ptr<double>()[i] = values[i];
+    } else {
+      result.mutable_data_ptr<float>()[i] = static_cast<float>(values[i]);
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+int64_t output_size(int64_t size, int64_t stride) { return (size + stride - 1) / stride; }
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef expected,
+                  std::optional<at::ScalarType> dtype) {
+  const at::ScalarType type = tensor.scalar_type();
+  const bool floating = type == at::kFloat || type == at::kBFloat16 || type == at::kDouble;
+  TORCH_CHECK_VALUE(tensor.sizes() == expected && tensor.device().is_cpu() && floating && (!dtype || type == *dtype), op,
+                    ": ", name, " has shape ", tensor.sizes(), " and dtype ", tensor.dtype(), " on ", tensor.device(),
+                    ", expected ", expected, " of ", dtype ? c10::toString(*dtype) : "a floating dtype", " on the CPU");
+}
+
+std::vector<int64_t> check_convolutions(const char* op, const Tensor& x, const Tensor& dw, const Tensor& pw,
+                                        int64_t stride) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, op, ": x has shape ", x.sizes(),
+                    ", expected (N, C, H, W) with C, H and W at least 1");
+  check_tensor(op, "x", x, x.sizes());
+  TORCH_CHECK_VALUE(stride == 1 || stride == 2, op, ": stride is ", stride, ", expected 1 or 2");
+  check_tensor(op, "dw", dw, {x.size(1), 1, 3, 3});
+  TORCH_CHECK_VALUE(pw.dim() == 4 && pw.size(0) > 0, op, ": pw has shape ", pw.sizes(), ", expected (C_out, ", x.size(1),
+                    ", 1, 1) with C_out >= 1");
+  check_tensor(op, "pw", pw, {pw.size(0), x.size(1), 1, 1});
+  return {x.size(0), pw.size(0), output_size(x.size(2), stride), output_size(x.size(3), stride)};
+}
+
+at::ScalarType compute_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+Tensor dense(const Tensor& map) { return map.contiguous(at::MemoryFormat::ChannelsLast); }
+
+Tensor dense_as(const Tensor& map, const Tensor& x) { return dense(map.to(x.scalar_type())); }
+
+Values values_of(const Tensor& vector) {
+  Values values(vector.size(0));
+  with_elements(vector, [&](const auto* from) {
+    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(from[i * vector.stride(0)]);
+  });
+  return values;
+}
+
+Normalised forward_layer(const LayerInput& input, const Weights& weights) {
+  const Tensor& x = input.x;
+  const Functions& functions = functions_for(x);
+  const Prepared prepared(input, weights);
+  const Layer& layer = prepared.layer;
+  const int64_t channels = layer.out_channels, stride = padded(x, channels);
+  const double values = static_cast<double>(layer.batch * layer.out_height * layer.out_width);
+
+  Values shift(channels, 0.0);
+  if (layer.batch > 0) shift = pivot(input, weights, layer);
+  Values start(channels);
+  for (int64_t c = 0; c < channels; ++c) start[c] = -static_cast<float>(shift[c]);
+  const Vectors vectors(x, channels, {&start});
+  const Tensor pw = packed_pointwise(x, weights.pw, false);
+  Normalised result;
+  result.z = empty_map(x, {layer.batch, channels, layer.out_height, layer.out_width});
+
+  Forward forward{};
+  forward.layer = layer;
+  forward.pw = pw.const_data_ptr();
+  forward.start = vectors[0];
+  forward.z = result.z.mutable_data_ptr();
+  std::vector<double> sums;
+  launch_forward(functions, forward, &sums, 2 * stride);
+
+  Values mean(channels), var(channels), z_mean(channels);
+  for (int64_t c = 0; c < channels && values > 0; ++c) {
+    double sum = 0, squares = 0;
+    for (size_t at = c; at < sums.size(); at += 2 * stride) {
+      sum += sums[at];
+      squares += sums[at + stride];
+    }
+    z_mean[c] = sum / values;
+    const double variance = squares / values - z_mean[c] * z_mean[c];
+    var[c] = variance < 0 ? 0 : variance;
+    mean[c] = z_mean[c] - start[c];
+  }
+  const at::ScalarType type = compute_type(x);
+  result.mean = vector_of(mean, type);
+  result.var = vector_of(var, type);
+  result.z_mean = vector_of(z_mean, type);
+  return result;
+}
+
+Tensor infer_layer(const Tensor& x, const Weights& weights, const std::optional<Tensor>& dw_bias, Activation act_dw,
+                   const std::optional<Tensor>& pw_bias, const std::optional<Tensor>& residual, Activation act_pw) {
+  const Prepared prepared({x, std::nullopt}, weights);
+  const Layer& layer = prepared.layer;
+  const Values dw_start = dw_bias ? values_of(*dw_bias) : Values{}, pw_start = pw_bias ? values_of(*pw_bias) : Values{};
+  const Vectors in_vectors(x, layer.in_channels, {&dw_start}), out_vectors(x, layer.out_channels, {&pw_start});
+  const Tensor pw = packed_pointwise(x, weights.pw, false);
+  Tensor y = empty_map(x, {layer.batch, layer.out_channels, layer.out_height, layer.out_width});
+
+  Forward forward{};
+  forward.layer = layer;
+  forward.dw_bias = dw_bias ? in_vectors[0] : nullptr;
+  forward.act_dw = act_dw;
+  forward.pw = pw.const_data_ptr();
+  forward.start = out_vectors[0];
+  forward.residual = residual ? residual->const_data_ptr() : nullptr;
+  forward.act_pw = act_pw;
+  forward.z = y.mutable_data_ptr();
+  launch_forward(functions_for(x), forward, nullptr, 0);
+  return y;
+}
+
+Affine affine(const Tensor& z_mean, const Tensor& var, const Tensor& bn_weight, const Tensor& bn_bias, double eps) {
+  const Values means = values_of(z_mean), variances = values_of(var);
+  Affine result{values_of(bn_weight), values_of(bn_bias)};
+  for (size_t c = 0; c < means.size(); ++c) {
+    result.scale[c] /= std::sqrt(variances[c] + eps);
+    result.shift[c] -= result.scale[c] * means[c];
+  }
+  return result;
+}
+
+Tensor finish(const Tensor& z, const Affine& affine, const Tensor* residual, const Affine* residual_affine, bool relu) {
+  const int64_t channels = z.size(1), pixels = z.numel() / channels;
+  const Values none;
+  const Vectors vectors(z, channels, {&affine.scale, &affine.shift, residual_affine ? &residual_affine->scale : &none,
+                                      residual_affine ? &residual_affine->shift : &none});
+  Tensor y = empty_map(z, z.sizes());
+  Finish finish{};
+  finish.channels = channels;
+  finish.z = z.const_data_ptr();
+  finish.scale = vectors[0];
+  finish.shift = vectors[1];
+  finish.residual = residual ? residual->const_data_ptr() : nullptr;
+  finish.residual_scale = residual_affine ? vectors[2] : nullptr;
+  finish.residual_shift = residual_affine ? vectors[3] : nullptr;
+  finish.relu = relu;
+  finish.y = y.mutable_data_ptr();
+  const Chunks chunks{pixels, most_chunks};
+  run(chunks, pixels * channels, Order::backward, [&](int64_t chunk) {
+    functions_for(z).finish(finish, chunks.first(chunk), chunks.first(chunk + 1));
+  });
+  return y;
+}
+
+GradientSums reduce(const OutputGradient& gradient, const Tensor& z, const Values& z_mean, const Affine& mask,
+                    const Tensor* other, const Values& other_mean, Tensor* masked) {
+  const int64_t channels = z.size(1), pixels = z.numel() / channels, stride = 3 * padded(z, channels);
+  const Vectors vectors(z, channels, {&z_mean, &other_mean, &mask.scale, &mask.shift});
+  Reduce reduce{};
+  reduce.channels = channels;
+  reduce.gradient.grad = gradient.grad.const_data_ptr();
+  reduce.gradient.z = z.const_data_ptr();
+  reduce.gradient.y = gradient.y ? gradient.y->const_data_ptr() : nullptr;
+  reduce.gradient.relu = gradient.relu;
+  reduce.gradient.mask_scale = vectors[2];
+  reduce.gradient.mask_shift = vectors[3];
+  reduce.mean = vectors[0];
+  reduce.other = other ? other->const_data_ptr() : nullptr;
+  reduce.other_mean = vectors[1];
+  reduce.masked = masked ? masked->mutable_data_ptr() : nullptr;
+  const Chunks chunks{pixels, most_chunks};
+  std::vector<double> sums(most_chunks * stride, 0.0);
+  run(chunks, 2 * pixels * channels, Order::forward, [&](int64_t chunk) {
+    functions_for(z).reduce(reduce, chunks.first(chunk), chunks.first(chunk + 1), sums.data() + chunk * stride);
+  });
+  GradientSums result{Values(channels, 0.0), Values(channels, 0.0), Values(channels, 0.0)};
+  for (int64_t chunk = 0; chunk < most_chunks; ++chunk) {
+    for (int64_t c = 0; c < channels; ++c) {
+      result.grad[c] += sums[chunk * stride + c];
+      result.product[c] += sums[chunk * stride + stride / 3 + c];
+      result.other_product[c] += sums[chunk * stride + 2 * (stride / 3) + c];
+    }
+  }
+  return result;
+}
+
+NormGradient norm_gradient(const Values& grad, const Values& product, const Tensor& z_mean, const Tensor& var,
+                           const Tensor& bn_weight, double eps, int64_t values_per_channel) {
+  const size_t channels = grad.size();
+  const Values means = values_of(z_mean), variances = values_of(var);
+  NormGradient result{Values(channels), grad, values_of(bn_weight), Values(channels), Values(channels)};
+  for (size_t c = 0; c < channels; ++c) {
+    const double inverse = 1 / std::sqrt(variances[c] + eps);
+    result.weight[c] = product[c] * inverse;
+    result.scale[c] *= inverse;
+    if (values_per_channel == 0) continue;
+    result.slope[c] = -result.scale[c] * product[c] * inverse * inverse / values_per_channel;
+    result.constant[c] = -result.scale[c] * grad[c] / values_per_channel - result.slope[c] * means[c];
+  }
+  return result;
+}
+
+LayerGradients backward_layer(const LayerInput& input, const Values& x_mean, const Weights& weights,
+                              const OutputGradient& gradient, const Affine& mask, const Tensor& z, const NormGradient& norm,
+                              bool x_needs_grad, const Skip& skip) {
+  const Tensor& x = input.x;
+  const Functions& functions = functions_for(x);
+  const Prepared prepared(input, weights);
+  const Layer& layer = prepared.layer;
+  const int64_t outputs = layer.out_channels, inputs = layer.in_channels;
+  const Vectors vectors(x, outputs, {&mask.scale, &mask.shift, &norm.scale, &norm.constant, &norm.slope});
+  const Vectors means(x, inputs, {&x_mean});
+  const Tensor pw = packed_pointwise(x, weights.pw, true);
+
+  LayerGradients result;
+  result.x = !x_needs_grad    ? at::empty({0}, x.options())
+             : layer.window ? empty_map(x, {layer.batch, inputs, layer.out_height, layer.out_width})
+                            : empty_map(x, x.sizes());
+  Backward backward{};
+  backward.layer = layer;
+  backward.gradient = {gradient.grad.const_data_ptr(),
+                       z.const_data_ptr(),
+                       gradient.y ? gradient.y->const_data_ptr() : nullptr,
+                       gradient.relu,
+                       vectors[0],
+                       vectors[1],
+                       vectors[2],
+                       vectors[3],
+                       vectors[4]};
+  backward.pw = pw.const_data_ptr();
+  backward.grad_x = x_needs_grad ? result.x.mutable_data_ptr() : nullptr;
+  backward.skip_grad = skip.grad ? skip.grad->const_data_ptr() : nullptr;
+  backward.skip_y = skip.y ? skip.y->const_data_ptr() : nullptr;
+  backward.pooled_grad = skip.pooled ? skip.pooled->const_data_ptr() : nullptr;
+  backward.pooled_window = skip.window;
+  backward.in_mean = means[0];
+
+  const int64_t dw_size = padded(x, inputs) * 9, pw_size = padded(x, outputs) * padded(x, inputs);
+  const Chunks chunks = chunks_of(layer, std::clamp<int64_t>(most_partial_sums / pw_size, 2, most_chunks));
+  const Tensor partial = at::zeros({chunks.count, dw_size + pw_size}, compute_type(x));
+  std::vector<double> sums(chunks.count * 2 * padded(x, inputs), 0.0);
+  run(chunks, 3 * multiply_adds(layer), Order::backward, [&](int64_t chunk) {
+    char* of_chunk = static_cast<char*>(partial.mutable_data_ptr()) + chunk * (dw_size + pw_size) * partial.element_size();
+    const BackwardSums to{of_chunk, of_chunk + dw_size * partial.element_size(), sums.data() + chunk * 2 * padded(x, inputs)};
+    functions.backward(backward, to, chunks.first(chunk), chunks.first(chunk + 1), workspace(functions.backward_workspace(backward)));
+  });
+
+  const Tensor total = partial.sum(0, false, at::kDouble);
+  const int64_t lanes = functions.lanes;
+  result.dw = total.narrow(0, 0, dw_size).view({-1, 9, lanes}).transpose(1, 2).reshape({-1, 9}).narrow(0, 0, inputs);
+  result.pw = total.narrow(0, dw_size, pw_size).view({padded(x, outputs), padded(x, inputs)}).narrow(0, 0, outputs).narrow(1, 0, inputs);
+  if (weights.dw) result.dw = result.dw.reshape(weights.dw->sizes()).to(weights.dw->scalar_type()).contiguous();
+  result.pw = result.pw.reshape(weights.pw.sizes()).to(weights.pw.scalar_type()).contiguous();
+  if (input.transform) {
+    result.sums.assign(inputs, 0.0);
+    result.products.assign(inputs, 0.0);
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      const double* of_chunk = sums.data() + chunk * 2 * padded(x, inputs);
+      for (int64_t c = 0; c < inputs; ++c) {
+        result.sums[c] += of_chunk[c];
+        result.products[c] += of_chunk[padded(x, inputs) + c];
+      }
+    }
+  }
+  return result;
+}
+
+Tensor like(const Values& values, const Tensor& parameter) {
+  return vector_of(values, at::kDouble).to(parameter.scalar_type());
+}
+
+}  // namespace odn_fast::separable_conv
