@@ -105,7 +105,7 @@ struct Reduce {
 
 struct Functions {
   int64_t lanes;
-  int64_t (*pointwise_size)(int64_t inputs, int64_t outputs);  // elements of Real that pack_pointwise writes
+  int64_t (*pointwise_bytes)(int64_t inputs, int64_t outputs);  // that pack_pointwise writes
   // From Real (channels, 9).
   void (*pack_depthwise)(int64_t channels, const void* weight, void* packed);
   // weight[input * input_stride + output * output_stride], Real.

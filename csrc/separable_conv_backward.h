@@ -217,6 +217,7 @@ template <typename Storage>
 class BackwardUnit {
  public:
   using R = Real<Storage>;
+  using O = Operand<Storage>;
   static constexpr int64_t L = lanes<R>;
 
   BackwardUnit(const Backward& p, const BackwardSums& to, Workspace& workspace)
@@ -229,7 +230,9 @@ class BackwardUnit {
         z_gradient_(workspace.take<R>(rows_per_band(p.layer) * p.layer.out_width * padded<R>(p.layer.out_channels))),
         x_gradient_(workspace.take<R>(
             (p.layer.window ? rows_per_band(p.layer) * blocks_of<R>(p.layer.in_channels) : 2) * (p.layer.width + 1) * L)),
-        zeros_(workspace.take<R>(padded<R>(p.layer.in_channels))) {}
+        zeros_(workspace.take<R>(padded<R>(p.layer.in_channels))),
+        left_(workspace, rows_per_band(p.layer) * p.layer.out_width, p.layer.out_channels),
+        right_(workspace, rows_per_band(p.layer) * p.layer.out_width, p.layer.in_channels) {}
 
   void clear_borders() {
     gather_.clear_borders();
@@ -268,17 +271,19 @@ class BackwardUnit {
   void band(int64_t first, int64_t last, bool own) {
     const int64_t width = layer_.out_width, pixels = (last - first) * width;
     const int64_t offset = (image_ * layer_.out_height + first) * width;
-    const R* pw = static_cast<const R*>(p_.pw);
-    z_gradient<Storage>(p_.gradient, offset * layer_.out_channels, pixels, layer_.out_channels, z_gradient_);
+    const int64_t outputs = layer_.out_channels, channels = layer_.in_channels;
+    const O* pw = static_cast<const O*>(p_.pw);
+    z_gradient<Storage>(p_.gradient, offset * outputs, pixels, outputs, z_gradient_);
     if (own) {
       gather_.rows(first, last, nullptr);
-      outer_product(pixels, z_gradient_, pixels * L, layer_.out_channels, gather_.band(), gather_.block_size(),
-                    layer_.in_channels, static_cast<R*>(to_.grad_pw), padded<R>(layer_.in_channels));
+      outer_product(pixels, left_.by_pair(z_gradient_, pixels, outputs), outputs,
+                    right_.by_pair(gather_.band(), pixels, channels), channels, whole_terms<O>(pixels) * L,
+                    static_cast<R*>(to_.grad_pw), padded<R>(channels));
     }
+    const O* gradient = left_.by_row(z_gradient_, pixels, outputs);
     if (layer_.window) {
       if (!p_.grad_x) return;
-      const int64_t channels = layer_.in_channels;
-      product_into(x_gradient_, pixels * L, pixels, z_gradient_, pixels * L, pw, layer_.out_channels, channels, zeros_);
+      product_into(x_gradient_, pixels * L, pixels, gradient, pixels * L, pw, outputs, channels, zeros_);
       for (int64_t channel = 0; channel < channels; channel += L) {
         Storage* to = static_cast<Storage*>(p_.grad_x) + offset * channels + channel;
         with_block<Storage>(channels - channel, [&](auto of_block) {
@@ -290,8 +295,8 @@ class BackwardUnit {
       return;
     }
     for (int64_t row = first; row < last; ++row) {
-      product_into(gradients_.row(row) + L, gradients_.block_size(), width, z_gradient_ + (row - first) * width * L,
-                   pixels * L, pw, layer_.out_channels, layer_.in_channels, zeros_);
+      product_into(gradients_.row(row) + L, gradients_.block_size(), width, gradient + (row - first) * width * L,
+                   pixels * L, pw, outputs, channels, zeros_);
     }
   }
 
@@ -340,6 +345,7 @@ class BackwardUnit {
   R* z_gradient_;
   R* x_gradient_;
   R* zeros_;
+  Operands<Storage> left_, right_;
   int64_t image_ = 0, done_ = 0;
 };
 

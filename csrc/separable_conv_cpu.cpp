@@ -62,6 +62,7 @@ template <typename Storage>
 class ForwardUnit {
  public:
   using R = Real<Storage>;
+  using O = Operand<Storage>;
   static constexpr int64_t L = lanes<R>;
 
   ForwardUnit(const Forward& p, Workspace& workspace)
@@ -69,6 +70,7 @@ class ForwardUnit {
         layer_(p.layer),
         gather_(p.layer, workspace, 0),
         out_(workspace.take<R>(rows_per_band(p.layer) * p.layer.out_width * padded<R>(p.layer.out_channels))),
+        operands_(workspace, rows_per_band(p.layer) * p.layer.out_width, p.layer.in_channels),
         sums_(workspace.take<R>(2 * padded<R>(p.layer.out_channels))) {}
 
   void clear_borders() { gather_.clear_borders(); }
@@ -80,9 +82,8 @@ class ForwardUnit {
       const int64_t last = smaller(row + rows_per_band(layer_), range.last), pixels = (last - row) * layer_.out_width;
       gather_.rows(row, last, static_cast<const R*>(p_.dw_bias));
       if (p_.act_dw != Activation::none) {
-        for (R* at = gather_.band(); at < gather_.band() + blocks_of<R>(layer_.in_channels) * gather_.block_size(); at += L) {
-          store(at, activate<R>(load(at), p_.act_dw));
-        }
+        const int64_t vectors = blocks_of<R>(layer_.in_channels) * pixels;
+        for (R* at = gather_.band(); at < gather_.band() + vectors * L; at += L) store(at, activate<R>(load(at), p_.act_dw));
       }
       const int64_t offset = (range.image * layer_.out_height + row) * layer_.out_width * outputs;
       clear(sums_, 2 * padded<R>(outputs));
@@ -104,8 +105,8 @@ class ForwardUnit {
     Storage* z = static_cast<Storage*>(p_.z) + offset;
     R* band_sums = sums_;
     const auto multiply = [&](const auto& done) {
-      product(pixels, gather_.band(), gather_.block_size(), static_cast<const R*>(p_.pw), layer_.in_channels, outputs,
-              static_cast<const R*>(p_.start), done);
+      product(pixels, operands_.by_row(gather_.band(), pixels, layer_.in_channels), pixels * L,
+              static_cast<const O*>(p_.pw), layer_.in_channels, outputs, static_cast<const R*>(p_.start), done);
     };
     if (statistics) {
       multiply([=]<int M, int J>(int64_t pixel, int64_t block, const Vector<R>(&values)[M][J]) {
@@ -144,8 +145,8 @@ class ForwardUnit {
   // The same by way of a buffer, for everything else: a residual, other activations, channels that fill no block.
   void band_in_cache(int64_t pixels, int64_t offset, bool statistics) {
     const int64_t outputs = layer_.out_channels;
-    product_into(out_, pixels * L, pixels, gather_.band(), gather_.block_size(), static_cast<const R*>(p_.pw),
-                 layer_.in_channels, outputs, static_cast<const R*>(p_.start));
+    product_into(out_, pixels * L, pixels, operands_.by_row(gather_.band(), pixels, layer_.in_channels), pixels * L,
+                 static_cast<const O*>(p_.pw), layer_.in_channels, outputs, static_cast<const R*>(p_.start));
     for (int64_t channel = 0; channel < outputs; channel += L) {
       const R* from = out_ + channel * pixels;
       Storage* z = static_cast<Storage*>(p_.z) + offset + channel;
@@ -171,6 +172,7 @@ class ForwardUnit {
   const Layer& layer_;
   Gather<Storage> gather_;
   R* out_;
+  Operands<Storage> operands_;
   R* sums_;
 };
 
@@ -251,9 +253,9 @@ void finish(const Finish& p, int64_t first_pixel, int64_t last_pixel) {
 template <typename Storage>
 constexpr Functions functions{
     lanes<Real<Storage>>,
-    pointwise_size<Real<Storage>>,
+    pointwise_bytes<Real<Storage>, Operand<Storage>>,
     pack_depthwise<Real<Storage>>,
-    pack_pointwise<Real<Storage>>,
+    pack_pointwise<Real<Storage>, Operand<Storage>>,
     forward_workspace<Storage>,
     forward<Storage>,
     backward_workspace<Storage>,

@@ -189,7 +189,7 @@ class Gather {
     staged_ = larger(0, first_row * layer_.stride - 1);
   }
 
-  // Output rows [first, last) into band().
+  // Output rows [first, last) into band(), [block][pixel][lane].
   void rows(int64_t first, int64_t last, const R* bias) {
     constexpr int64_t L = lanes<R>;
     const int64_t width = layer_.out_width;
@@ -198,7 +198,6 @@ class Gather {
       for (; staged_ < needed; ++staged_) stage_row<Storage>(layer_, image_, staged_, ring_);
     }
     R* to = band_;
-    block_size_ = (last - first) * width * L;
     for (int64_t block = 0; block < blocks_of<R>(layer_.in_channels); ++block) {
       const R* weights = static_cast<const R*>(layer_.dw) + block * 9 * L;
       const R* start = bias ? bias + block * L : nullptr;
@@ -218,14 +217,13 @@ class Gather {
   }
 
   R* band() const { return band_; }
-  int64_t block_size() const { return block_size_; }
   const RowRing<R>& ring() const { return ring_; }
 
  private:
   const Layer& layer_;
   RowRing<R> ring_;
   R* band_;
-  int64_t image_ = 0, staged_ = 0, block_size_ = 0;
+  int64_t image_ = 0, staged_ = 0;
 };
 
 }  // namespace

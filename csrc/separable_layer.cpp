@@ -112,13 +112,10 @@ Tensor packed_pointwise(const Tensor& x, const Tensor& pw, bool transposed) {
   const Functions& functions = functions_for(x);
   const Tensor weight = pw.to(compute_type(x)).contiguous();
   const int64_t outputs = pw.size(0), inputs = pw.size(1);
-  if (transposed) {
-    Tensor packed = at::empty({functions.pointwise_size(outputs, inputs)}, weight.options());
-    functions.pack_pointwise(outputs, inputs, weight.const_data_ptr(), inputs, 1, packed.mutable_data_ptr());
-    return packed;
-  }
-  Tensor packed = at::empty({functions.pointwise_size(inputs, outputs)}, weight.options());
-  functions.pack_pointwise(inputs, outputs, weight.const_data_ptr(), 1, inputs, packed.mutable_data_ptr());
+  const int64_t rows = transposed ? outputs : inputs, columns = transposed ? inputs : outputs;
+  Tensor packed = at::empty({functions.pointwise_bytes(rows, columns)}, at::kByte);
+  functions.pack_pointwise(rows, columns, weight.const_data_ptr(), transposed ? inputs : 1, transposed ? 1 : inputs,
+                           packed.mutable_data_ptr());
   return packed;
 }
 

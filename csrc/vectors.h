@@ -143,6 +143,21 @@ inline void with_block(int64_t channels_left, Work&& work) {
   }
 }
 
+// The type of the factors in products of what is stored as `Storage`: bfloat16 pairs where the processor multiplies them.
+#if defined(__AVX512BF16__)
+template <typename Storage>
+struct OperandOf {
+  using type = Storage;
+};
+#else
+template <typename Storage>
+struct OperandOf {
+  using type = Real<Storage>;
+};
+#endif
+template <typename Storage>
+using Operand = typename OperandOf<Storage>::type;
+
 template <typename V>
 inline V relu(V value) {  // NaN stays NaN
   return value <= 0 ? V{} : value;
