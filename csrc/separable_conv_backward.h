@@ -108,10 +108,11 @@ void z_gradient(const Gradient& p, int64_t from, int64_t pixels, int64_t channel
   });
 }
 
-// The gradient of one row and block of x from what came through the depthwise convolution, [column][lane].
+// The gradient of one row and block of x from what came through the depthwise convolution, [column][lane]. Where x is
+// normalised as it is read, `sum` and `product` receive what Backward's sums are made of.
 template <typename Storage>
 void finish_row(const Backward& p, int64_t image, int64_t row, int64_t channel, const Real<Storage>* from,
-                const Real<Storage>* x, double* sums) {
+                const Real<Storage>* x, Vector<Real<Storage>>& sum, Vector<Real<Storage>>& product) {
   using R = Real<Storage>;
   constexpr int64_t L = lanes<R>;
   const Layer& layer = p.layer;
@@ -122,16 +123,11 @@ void finish_row(const Backward& p, int64_t image, int64_t row, int64_t channel, 
     if (layer.in_scale) {  // x is relu(in_scale * raw + in_shift)
       const Storage* raw = static_cast<const Storage*>(layer.x) + offset;
       const Vector<R> mean = at_channel<R>(p.in_mean, channel);
-      Vector<R> sum{}, product{};
       for (int64_t column = 0; column < width; ++column) {
         const Vector<R> grad = load(x + column * L) <= 0 ? Vector<R>{} : load(from + column * L);
         sum += grad;
         product += grad * (of_block.read(raw + column * channels) - mean);
         of_block.write(to + column * channels, grad);
-      }
-      for (int64_t lane = 0; lane < L; ++lane) {
-        sums[channel + lane] += sum[lane];
-        sums[padded<R>(channels) + channel + lane] += product[lane];
       }
     } else if (p.skip_grad) {
       const Storage* skip = static_cast<const Storage*>(p.skip_grad) + offset;
@@ -305,36 +301,39 @@ class BackwardUnit {
     if (last <= done_) return;
     for (int64_t block = 0; block < blocks_of<R>(layer_.in_channels); ++block) {
       R* grad_dw = static_cast<R*>(to_.grad_dw) + block * 9 * L;
-      Vector<R> weight[9], sums[9];
+      Vector<R> weight[9], sums[9], sum{}, product{};
 #pragma GCC unroll 9
       for (int i = 0; i < 9; ++i) {
         weight[i] = load(static_cast<const R*>(layer_.dw) + (block * 9 + i) * L);
         sums[i] = load(grad_dw + i * L);
       }
+      const auto finish = [&](int64_t row, const R* from) {
+        if (!p_.grad_x) return;
+        finish_row<Storage>(p_, image_, row, block * L, from, gather_.ring().block(row, block) + L, sum, product);
+      };
       for (int64_t row = done_; row < last; ++row) {
         if (layer_.stride == 1) {
           const R* x = gather_.ring().block(row, block) + L;
           depthwise_backward_row(gradients_.block(row - 1, block), gradients_.block(row, block),
                                  gradients_.block(row + 1, block), x, weight, sums, layer_.width, x_gradient_);
-          finish(row, block, x_gradient_);
+          finish(row, x_gradient_);
         } else {
           R* lower = x_gradient_ + (layer_.width + 1) * L;
           depthwise_backward_rows(gradients_.block(row, block) + L, gradients_.block(row + 1, block) + L,
                                   gather_.ring().block(2 * row, block) + L, gather_.ring().block(2 * row + 1, block) + L,
                                   weight, sums, layer_.width, x_gradient_, lower);
-          finish(2 * row, block, x_gradient_);
-          if (2 * row + 1 < layer_.height) finish(2 * row + 1, block, lower);
+          finish(2 * row, x_gradient_);
+          if (2 * row + 1 < layer_.height) finish(2 * row + 1, lower);
         }
       }
 #pragma GCC unroll 9
       for (int i = 0; i < 9; ++i) store(grad_dw + i * L, sums[i]);
+      if (layer_.in_scale) {
+        add_lanes(to_.sums + block * L, sum);
+        add_lanes(to_.sums + padded<R>(layer_.in_channels) + block * L, product);
+      }
     }
     done_ = last;
-  }
-
-  void finish(int64_t row, int64_t block, const R* from) {
-    if (!p_.grad_x) return;
-    finish_row<Storage>(p_, image_, row, block * L, from, gather_.ring().block(row, block) + L, to_.sums);
   }
 
   const Backward& p_;

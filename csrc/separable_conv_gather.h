@@ -13,9 +13,11 @@ using namespace odn_fast::ODN_FAST_INSTRUCTION_SET;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Output rows worked on at a time: enough pixels for the products to pay, few enough for the first-level cache.
+// Output rows worked on at a time. Maps are read and written in runs long enough for the processor to fetch ahead of
+// them, and the buffers in between stay in the second-level cache.
 inline int64_t rows_per_band(const Layer& layer) {
-  constexpr int64_t pixels = 64;
+  constexpr int64_t values = 16384, fewest_pixels = 64;
+  const int64_t pixels = larger(values / larger(layer.in_channels, layer.out_channels), fewest_pixels);
   return smaller((pixels + layer.out_width - 1) / layer.out_width, layer.rows_per_range);
 }
 

@@ -119,6 +119,15 @@ inline void store_partial(Storage* to, V value, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = part[lane];
 }
 
+// Adds every lane to a sum of its own, in double.
+template <typename V>
+inline void add_lanes(double* sums, V value) {
+  constexpr int64_t count = sizeof(V) / sizeof(value[0]);
+  decltype(value[0] + 0) part[count];
+  __builtin_memcpy(part, &value, sizeof value);
+  for (int64_t lane = 0; lane < count; ++lane) sums[lane] += part[lane];
+}
+
 // How a block of channels is read and written: whole, or its first `count` lanes at the end of a row of channels.
 template <typename Storage>
 struct WholeBlock {
