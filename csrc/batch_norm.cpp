@@ -88,7 +88,9 @@ Affine affine(const Tensor& z_mean, const Tensor& var, const Tensor& bn_weight, 
   const Values means = values_of(z_mean), variances = values_of(var);
   Affine result{values_of(bn_weight), values_of(bn_bias)};
   for (size_t c = 0; c < means.size(); ++c) {
-    result.scale[c] /= std::sqrt(variances[c] + eps);
+    // The shift belongs to the scale as the kernels read it: a large mean would show its rounding.
+    const double scale = result.scale[c] / std::sqrt(variances[c] + eps);
+    result.scale[c] = z_mean.scalar_type() == at::kDouble ? scale : static_cast<float>(scale);
     result.shift[c] -= result.scale[c] * means[c];
   }
   return result;

@@ -11,6 +11,13 @@
 
 namespace odn_fast::batch_norm_act {
 
+// sum and sum of squares of z - pivot.
+struct Statistics {
+  int64_t channels;
+  const void* z;      // Storage (pixels, channels)
+  const void* pivot;  // Real, padded; near the mean, or digits of the variance are lost
+};
+
 // y = relu(scale * z + shift + residual), each part where it is given.
 struct Finish {
   int64_t channels;
@@ -49,11 +56,22 @@ struct Reduce {
   void* masked;  // Storage (pixels, channels), out, or null
 };
 
+// The gradient at z, with z - mean in place of z in its last term: z may be large against its deviation from the mean.
+struct Apply {
+  int64_t channels;
+  Gradient gradient;
+  const void* mean;  // Real, padded
+  void* grad_z;      // Storage (pixels, channels), out
+};
+
 struct Functions {
   int64_t lanes;
+  // Adds to sums (2, padded channels).
+  void (*statistics)(const Statistics&, int64_t first_pixel, int64_t last_pixel, double* sums);
   void (*finish)(const Finish&, int64_t first_pixel, int64_t last_pixel);
   // Adds to sums (3, padded channels).
   void (*reduce)(const Reduce&, int64_t first_pixel, int64_t last_pixel, double* sums);
+  void (*apply)(const Apply&, int64_t first_pixel, int64_t last_pixel);
 };
 
 struct Kernels {  // by Storage
