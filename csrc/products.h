@@ -9,16 +9,6 @@
 namespace odn_fast::ODN_FAST_INSTRUCTION_SET {
 namespace {
 
-template <typename Real>
-constexpr int64_t blocks_of(int64_t channels) {
-  return (channels + lanes<Real> - 1) / lanes<Real>;
-}
-
-template <typename Real>
-constexpr int64_t padded(int64_t channels) {
-  return blocks_of<Real>(channels) * lanes<Real>;
-}
-
 // Rows of a tile that is one or two blocks wide: sums for two multiply-adds a cycle, and registers left for the factors.
 constexpr int tile_rows(int blocks) { return vector_registers / (2 * blocks); }
 

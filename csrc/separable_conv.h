@@ -7,9 +7,12 @@
 
 #include <cstdint>
 
+#include "batch_norm_act.h"
 #include "instruction_set.h"
 
 namespace odn_fast::separable_conv {
+
+using batch_norm_act::Gradient;
 
 enum class Activation : int64_t { none, relu, relu6, hard_swish, silu };
 
@@ -41,21 +44,6 @@ struct Forward {
   void* z;               // Storage (N, out_height, out_width, out_channels), out
 };
 
-// The gradient at z from the gradient at relu(mask_scale * z + mask_shift), or at relu(... + something) = y:
-//   masked = (y > 0, or mask_scale * z + mask_shift > 0, or always) ? grad : 0
-//   gradient at z = scale * masked + constant + slope * z
-struct Gradient {
-  const void* grad;  // Storage, as z
-  const void* z;     // Storage
-  const void* y;     // Storage, as z, or null
-  bool relu;
-  const void* mask_scale;  // Real, padded, as all below
-  const void* mask_shift;
-  const void* scale;
-  const void* constant;
-  const void* slope;
-};
-
 struct Backward {
   Layer layer;
   Gradient gradient;
@@ -80,29 +68,6 @@ struct BackwardSums {
   double* sums;   // (2, padded in_channels)
 };
 
-// y = relu(scale * z + shift + residual), each part where it is given.
-struct Finish {
-  int64_t channels;
-  const void* z;      // Storage (pixels, channels)
-  const void* scale;  // Real, padded
-  const void* shift;
-  const void* residual;        // Storage (pixels, channels), or null
-  const void* residual_scale;  // Real, padded, or null: the residual is residual_scale * residual + residual_shift
-  const void* residual_shift;
-  bool relu;
-  void* y;  // Storage (pixels, channels), out
-};
-
-// sum of the masked gradient, of its products with z - mean, and of those with other - other_mean.
-struct Reduce {
-  int64_t channels;
-  Gradient gradient;  // scale, constant and slope are not read
-  const void* mean;   // Real, padded
-  const void* other;  // Storage (pixels, channels), or null
-  const void* other_mean;
-  void* masked;  // Storage (pixels, channels), out, or null
-};
-
 struct Functions {
   int64_t lanes;
   int64_t (*pointwise_bytes)(int64_t inputs, int64_t outputs);  // that pack_pointwise writes
@@ -119,10 +84,6 @@ struct Functions {
 
   int64_t (*backward_workspace)(const Backward&);
   void (*backward)(const Backward&, const BackwardSums&, int64_t first, int64_t last, void* workspace);
-
-  void (*finish)(const Finish&, int64_t first_pixel, int64_t last_pixel);
-  // Adds to sums (3, padded channels).
-  void (*reduce)(const Reduce&, int64_t first_pixel, int64_t last_pixel, double* sums);
 };
 
 struct Kernels {  // by Storage

@@ -1,90 +1,13 @@
 // The backward kernels of separable_conv.
 #pragma once
 
+#include "batch_norm_act_mask.h"
 #include "separable_conv_gather.h"
 
 namespace odn_fast::separable_conv::ODN_FAST_INSTRUCTION_SET {
 namespace {
 
-template <typename Real>
-inline Vector<Real> at_channel(const void* padded_values, int64_t channel) {
-  return load(static_cast<const Real*>(padded_values) + channel);
-}
-
-// Calls work(masked), where masked(block, offset, channel, z) is the gradient that the ReLU lets through.
-template <typename Storage, typename Work>
-[[gnu::always_inline]] inline void with_mask(const Gradient& p, const Work& work) {
-  using V = Vector<Real<Storage>>;
-  const Storage* grad = static_cast<const Storage*>(p.grad);
-  const Storage* y = static_cast<const Storage*>(p.y);
-  const void* scale = p.mask_scale;
-  const void* shift = p.mask_shift;
-  if (!p.relu) {
-    work([=](auto of_block, int64_t offset, int64_t, V) { return of_block.read(grad + offset); });
-  } else if (y) {
-    work([=](auto of_block, int64_t offset, int64_t, V) {
-      return of_block.read(y + offset) <= 0 ? V{} : of_block.read(grad + offset);
-    });
-  } else {
-    work([=](auto of_block, int64_t offset, int64_t channel, V z) {
-      const V before = at_channel<Real<Storage>>(scale, channel) * z + at_channel<Real<Storage>>(shift, channel);
-      return before <= 0 ? V{} : of_block.read(grad + offset);
-    });
-  }
-}
-
-// Sums of G blocks of channels over a group of pixels.
-template <int G, typename Storage, typename Access, typename Masked>
-[[gnu::always_inline]] inline void reduce_blocks(const Reduce& p, int64_t begin, int64_t end, int64_t channel, Access of_block,
-                                                 const Masked& masked, double* sums) {
-  using R = Real<Storage>;
-  constexpr int64_t L = lanes<R>;
-  const int64_t channels = p.channels, stride = padded<R>(p.channels);
-  const Storage* z = static_cast<const Storage*>(p.gradient.z);
-  const Storage* other = static_cast<const Storage*>(p.other);
-  Storage* to = static_cast<Storage*>(p.masked);
-  Vector<R> sum[G] = {}, product[G] = {}, other_product[G] = {};
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-#pragma GCC unroll 4
-    for (int i = 0; i < G; ++i) {
-      const int64_t of = channel + i * L, at = pixel * channels + of;
-      const Vector<R> value = of_block.read(z + at), grad = masked(of_block, at, of, value);
-      sum[i] += grad;
-      product[i] += grad * (value - at_channel<R>(p.mean, of));
-      if (other) other_product[i] += grad * (of_block.read(other + at) - at_channel<R>(p.other_mean, of));
-      if (to) of_block.write(to + at, grad);
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < G; ++i) {
-    for (int64_t lane = 0; lane < L; ++lane) {
-      double* of_channel = sums + channel + i * L + lane;
-      of_channel[0] += sum[i][lane];
-      of_channel[stride] += product[i][lane];
-      of_channel[2 * stride] += other_product[i][lane];
-    }
-  }
-}
-
-template <typename Storage>
-void reduce(const Reduce& p, int64_t first_pixel, int64_t last_pixel, double* sums) {
-  constexpr int64_t L = lanes<Real<Storage>>, group = 64;  // pixels: short sums in R, their sum in double
-  with_mask<Storage>(p.gradient, [&](const auto& masked) {
-    for (int64_t begin = first_pixel; begin < last_pixel; begin += group) {
-      const int64_t end = smaller(begin + group, last_pixel);
-      int64_t channel = 0;
-      for (; channel + 4 * L <= p.channels; channel += 4 * L) {
-        reduce_blocks<4, Storage>(p, begin, end, channel, WholeBlock<Storage>{}, masked, sums);
-      }
-      for (; channel + L <= p.channels; channel += L) {
-        reduce_blocks<1, Storage>(p, begin, end, channel, WholeBlock<Storage>{}, masked, sums);
-      }
-      if (channel < p.channels) {
-        reduce_blocks<1, Storage>(p, begin, end, channel, PartOfBlock<Storage>{p.channels - channel}, masked, sums);
-      }
-    }
-  });
-}
+using namespace odn_fast::batch_norm_act::ODN_FAST_INSTRUCTION_SET;
 
 // The gradient at z of `pixels` pixels, blocked; `from` is the offset of the first.
 template <typename Storage>

@@ -191,65 +191,6 @@ void forward(const Forward& p, int64_t first_unit, int64_t last_unit, void* memo
   for (int64_t index = first_unit; index < last_unit; ++index) unit.run(range_of(p.layer, index), sums);
 }
 
-// G blocks of channels at a time: their coefficients stay in registers and memory is read in order.
-template <int G, typename Storage, typename Access, typename Residual>
-[[gnu::always_inline]] inline void finish_blocks(const Finish& p, int64_t first_pixel, int64_t last_pixel, int64_t channel,
-                                                 Access of_block, Residual residual) {
-  using R = Real<Storage>;
-  constexpr int64_t L = lanes<R>;
-  Vector<R> scale[G], shift[G];
-#pragma GCC unroll 4
-  for (int i = 0; i < G; ++i) {
-    scale[i] = load(static_cast<const R*>(p.scale) + channel + i * L);
-    shift[i] = load(static_cast<const R*>(p.shift) + channel + i * L);
-  }
-  const Vector<R> lowest = broadcast(p.relu ? R{0} : -static_cast<R>(__builtin_huge_val()));
-  const int64_t channels = p.channels;
-  const Storage* z = static_cast<const Storage*>(p.z) + channel;
-  Storage* y = static_cast<Storage*>(p.y) + channel;
-  for (int64_t pixel = first_pixel; pixel < last_pixel; ++pixel) {
-#pragma GCC unroll 4
-    for (int i = 0; i < G; ++i) {
-      const int64_t at = pixel * channels + i * L;
-      const Vector<R> value = scale[i] * of_block.read(z + at) + shift[i] + residual(channel + i * L, channel + at);
-      of_block.write(y + at, value < lowest ? lowest : value);
-    }
-  }
-}
-
-template <typename Storage, typename Residual>
-void finish_all(const Finish& p, int64_t first_pixel, int64_t last_pixel, const Residual& residual) {
-  constexpr int64_t L = lanes<Real<Storage>>;
-  int64_t channel = 0;
-  const auto blocks = [&]<int G>(auto of_block) {
-    finish_blocks<G, Storage>(p, first_pixel, last_pixel, channel, of_block, [&](int64_t of_channel, int64_t at) {
-      return residual(of_block, of_channel, at);
-    });
-    channel += G * L;
-  };
-  while (channel + 4 * L <= p.channels) blocks.template operator()<4>(WholeBlock<Storage>{});
-  while (channel + L <= p.channels) blocks.template operator()<1>(WholeBlock<Storage>{});
-  if (channel < p.channels) blocks.template operator()<1>(PartOfBlock<Storage>{p.channels - channel});
-}
-
-template <typename Storage>
-void finish(const Finish& p, int64_t first_pixel, int64_t last_pixel) {
-  using R = Real<Storage>;
-  const Storage* residual = static_cast<const Storage*>(p.residual);
-  const R* scale = static_cast<const R*>(p.residual_scale);
-  const R* shift = static_cast<const R*>(p.residual_shift);
-  if (!residual) {
-    finish_all<Storage>(p, first_pixel, last_pixel, [](auto, int64_t, int64_t) { return Vector<R>{}; });
-  } else if (!scale) {
-    finish_all<Storage>(p, first_pixel, last_pixel,
-                        [=](auto of_block, int64_t, int64_t at) { return of_block.read(residual + at); });
-  } else {
-    finish_all<Storage>(p, first_pixel, last_pixel, [=](auto of_block, int64_t channel, int64_t at) {
-      return load(scale + channel) * of_block.read(residual + at) + load(shift + channel);
-    });
-  }
-}
-
 template <typename Storage>
 constexpr Functions functions{
     lanes<Real<Storage>>,
@@ -260,8 +201,6 @@ constexpr Functions functions{
     forward<Storage>,
     backward_workspace<Storage>,
     backward<Storage>,
-    finish<Storage>,
-    reduce<Storage>,
 };
 
 }  // namespace

@@ -1,34 +1,15 @@
 #include "separable_layer.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
-#include <functional>
 #include <memory>
 #include <new>
 
 namespace odn_fast::separable_conv {
 namespace {
 
-// Work is cut into chunks by its size alone, so that sums, added in the order of the chunks, have the same bits with
-// any number of threads.
-constexpr int64_t most_chunks = 16;
-constexpr int64_t multiply_adds_worth_a_thread = 1 << 18;
 constexpr int64_t most_partial_sums = 1 << 22;  // elements of all chunks' weight gradients together
 
-const Functions& functions_for(const Tensor& x) {
-  const Kernels& table = kernels.chosen();
-  switch (x.scalar_type()) {
-    case at::kBFloat16: return table.bfloat16;
-    case at::kDouble: return table.float64;
-    default: return table.float32;
-  }
-}
-
-int64_t padded(const Tensor& x, int64_t channels) {
-  const int64_t lanes = functions_for(x).lanes;
-  return (channels + lanes - 1) / lanes * lanes;
-}
+const Functions& functions_for(const Tensor& x) { return by_storage(kernels.chosen(), x); }
 
 // Memory that a thread keeps from call to call: what glibc is handed back and gives again costs a fault per page.
 class Scratch {
@@ -56,49 +37,6 @@ void* workspace(int64_t bytes) {
   thread_local Scratch scratch;
   return scratch.at_least(bytes);
 }
-
-struct Chunks {
-  int64_t units, count;
-  int64_t first(int64_t chunk) const { return units * chunk / count; }
-};
-
-// A sweep that follows another over the same maps goes backward: it begins with what is still in cache.
-enum class Order { forward, backward };
-
-void run(const Chunks& chunks, int64_t multiply_adds, Order order, const std::function<void(int64_t)>& work) {
-  if (chunks.units == 0) return;
-  const int64_t grain = chunks.count * multiply_adds_worth_a_thread / (multiply_adds + 1) + 1;
-  at::parallel_for(0, chunks.count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(order == Order::forward ? i : begin + end - 1 - i);
-  });
-}
-
-// Vectors over channels, padded with zeros, in the type of arithmetic.
-class Vectors {
- public:
-  Vectors(const Tensor& x, int64_t channels, std::initializer_list<const Values*> all)
-      : stride_(padded(x, channels)), memory_(at::zeros({static_cast<int64_t>(all.size()), stride_}, compute_type(x))) {
-    int64_t row = 0;
-    for (const Values* values : all) {
-      for (size_t i = 0; i < values->size(); ++i) {
-        if (memory_.scalar_type() == at::kDouble) {
-          memory_.mutable_data_ptr<double>()[row * stride_ + i] = (*values)[i];
-        } else {
-          memory_.mutable_data_ptr<float>()[row * stride_ + i] = static_cast<float>((*values)[i]);
-        }
-      }
-      ++row;
-    }
-  }
-
-  const void* operator[](int64_t row) const {
-    return static_cast<const char*>(memory_.const_data_ptr()) + row * stride_ * memory_.element_size();
-  }
-
- private:
-  int64_t stride_;
-  Tensor memory_;
-};
 
 Tensor packed_depthwise(const Tensor& x, const Tensor& dw) {
   const Functions& functions = functions_for(x);
@@ -164,10 +102,6 @@ struct Prepared {
   Layer layer;
 };
 
-Tensor empty_map(const Tensor& x, at::IntArrayRef shape) {
-  return at::empty(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
-}
-
 void launch_forward(const Functions& functions, const Forward& forward, std::vector<double>* sums, int64_t stride) {
   const Chunks chunks = chunks_of(forward.layer, most_chunks);
   if (sums) sums->assign(chunks.count * stride, 0.0);
@@ -175,16 +109,6 @@ void launch_forward(const Functions& functions, const Forward& forward, std::vec
     functions.forward(forward, chunks.first(chunk), chunks.first(chunk + 1), workspace(functions.forward_workspace(forward)),
                       sums ? sums->data() + chunk * stride : nullptr);
   });
-}
-
-// Calls work(pointer to the elements), typed.
-template <typename Work>
-void with_elements(const Tensor& tensor, Work&& work) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble: return work(tensor.const_data_ptr<double>());
-    case at::kBFloat16: return work(tensor.const_data_ptr<at::BFloat16>());
-    default: return work(tensor.const_data_ptr<float>());
-  }
 }
 
 // The mean of the pointwise output over a few pixels: near enough to the mean over all that subtracting it spares the
@@ -218,30 +142,9 @@ Values pivot(const LayerInput& input, const Weights& weights, const Layer& layer
   return result;
 }
 
-Tensor vector_of(const Values& values, at::ScalarType type) {
-  const Tensor result = at::empty({static_cast<int64_t>(values.size())}, type);
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (type == at::kDouble) {
-      result.mutable_data_ptr<double>()[i] = values[i];
-    } else {
-      result.mutable_data_ptr<float>()[i] = static_cast<float>(values[i]);
-    }
-  }
-  return result;
-}
-
 }  // namespace
 
 int64_t output_size(int64_t size, int64_t stride) { return (size + stride - 1) / stride; }
-
-void check_tensor(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef expected,
-                  std::optional<at::ScalarType> dtype) {
-  const at::ScalarType type = tensor.scalar_type();
-  const bool floating = type == at::kFloat || type == at::kBFloat16 || type == at::kDouble;
-  TORCH_CHECK_VALUE(tensor.sizes() == expected && tensor.device().is_cpu() && floating && (!dtype || type == *dtype), op,
-                    ": ", name, " has shape ", tensor.sizes(), " and dtype ", tensor.dtype(), " on ", tensor.device(),
-                    ", expected ", expected, " of ", dtype ? c10::toString(*dtype) : "a floating dtype", " on the CPU");
-}
 
 std::vector<int64_t> check_convolutions(const char* op, const Tensor& x, const Tensor& dw, const Tensor& pw,
                                         int64_t stride) {
@@ -254,20 +157,6 @@ std::vector<int64_t> check_convolutions(const char* op, const Tensor& x, const T
                     ", 1, 1) with C_out >= 1");
   check_tensor(op, "pw", pw, {pw.size(0), x.size(1), 1, 1});
   return {x.size(0), pw.size(0), output_size(x.size(2), stride), output_size(x.size(3), stride)};
-}
-
-at::ScalarType compute_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-Tensor dense(const Tensor& map) { return map.contiguous(at::MemoryFormat::ChannelsLast); }
-
-Tensor dense_as(const Tensor& map, const Tensor& x) { return dense(map.to(x.scalar_type())); }
-
-Values values_of(const Tensor& vector) {
-  Values values(vector.size(0));
-  with_elements(vector, [&](const auto* from) {
-    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(from[i * vector.stride(0)]);
-  });
-  return values;
 }
 
 Normalised forward_layer(const LayerInput& input, const Weights& weights) {
@@ -336,87 +225,6 @@ Tensor infer_layer(const Tensor& x, const Weights& weights, const std::optional<
   return y;
 }
 
-Affine affine(const Tensor& z_mean, const Tensor& var, const Tensor& bn_weight, const Tensor& bn_bias, double eps) {
-  const Values means = values_of(z_mean), variances = values_of(var);
-  Affine result{values_of(bn_weight), values_of(bn_bias)};
-  for (size_t c = 0; c < means.size(); ++c) {
-    result.scale[c] /= std::sqrt(variances[c] + eps);
-    result.shift[c] -= result.scale[c] * means[c];
-  }
-  return result;
-}
-
-Tensor finish(const Tensor& z, const Affine& affine, const Tensor* residual, const Affine* residual_affine, bool relu) {
-  const int64_t channels = z.size(1), pixels = z.numel() / channels;
-  const Values none;
-  const Vectors vectors(z, channels, {&affine.scale, &affine.shift, residual_affine ? &residual_affine->scale : &none,
-                                      residual_affine ? &residual_affine->shift : &none});
-  Tensor y = empty_map(z, z.sizes());
-  Finish finish{};
-  finish.channels = channels;
-  finish.z = z.const_data_ptr();
-  finish.scale = vectors[0];
-  finish.shift = vectors[1];
-  finish.residual = residual ? residual->const_data_ptr() : nullptr;
-  finish.residual_scale = residual_affine ? vectors[2] : nullptr;
-  finish.residual_shift = residual_affine ? vectors[3] : nullptr;
-  finish.relu = relu;
-  finish.y = y.mutable_data_ptr();
-  const Chunks chunks{pixels, most_chunks};
-  run(chunks, pixels * channels, Order::backward, [&](int64_t chunk) {
-    functions_for(z).finish(finish, chunks.first(chunk), chunks.first(chunk + 1));
-  });
-  return y;
-}
-
-GradientSums reduce(const OutputGradient& gradient, const Tensor& z, const Values& z_mean, const Affine& mask,
-                    const Tensor* other, const Values& other_mean, Tensor* masked) {
-  const int64_t channels = z.size(1), pixels = z.numel() / channels, stride = 3 * padded(z, channels);
-  const Vectors vectors(z, channels, {&z_mean, &other_mean, &mask.scale, &mask.shift});
-  Reduce reduce{};
-  reduce.channels = channels;
-  reduce.gradient.grad = gradient.grad.const_data_ptr();
-  reduce.gradient.z = z.const_data_ptr();
-  reduce.gradient.y = gradient.y ? gradient.y->const_data_ptr() : nullptr;
-  reduce.gradient.relu = gradient.relu;
-  reduce.gradient.mask_scale = vectors[2];
-  reduce.gradient.mask_shift = vectors[3];
-  reduce.mean = vectors[0];
-  reduce.other = other ? other->const_data_ptr() : nullptr;
-  reduce.other_mean = vectors[1];
-  reduce.masked = masked ? masked->mutable_data_ptr() : nullptr;
-  const Chunks chunks{pixels, most_chunks};
-  std::vector<double> sums(most_chunks * stride, 0.0);
-  run(chunks, 2 * pixels * channels, Order::forward, [&](int64_t chunk) {
-    functions_for(z).reduce(reduce, chunks.first(chunk), chunks.first(chunk + 1), sums.data() + chunk * stride);
-  });
-  GradientSums result{Values(channels, 0.0), Values(channels, 0.0), Values(channels, 0.0)};
-  for (int64_t chunk = 0; chunk < most_chunks; ++chunk) {
-    for (int64_t c = 0; c < channels; ++c) {
-      result.grad[c] += sums[chunk * stride + c];
-      result.product[c] += sums[chunk * stride + stride / 3 + c];
-      result.other_product[c] += sums[chunk * stride + 2 * (stride / 3) + c];
-    }
-  }
-  return result;
-}
-
-NormGradient norm_gradient(const Values& grad, const Values& product, const Tensor& z_mean, const Tensor& var,
-                           const Tensor& bn_weight, double eps, int64_t values_per_channel) {
-  const size_t channels = grad.size();
-  const Values means = values_of(z_mean), variances = values_of(var);
-  NormGradient result{Values(channels), grad, values_of(bn_weight), Values(channels), Values(channels)};
-  for (size_t c = 0; c < channels; ++c) {
-    const double inverse = 1 / std::sqrt(variances[c] + eps);
-    result.weight[c] = product[c] * inverse;
-    result.scale[c] *= inverse;
-    if (values_per_channel == 0) continue;
-    result.slope[c] = -result.scale[c] * product[c] * inverse * inverse / values_per_channel;
-    result.constant[c] = -result.scale[c] * grad[c] / values_per_channel - result.slope[c] * means[c];
-  }
-  return result;
-}
-
 LayerGradients backward_layer(const LayerInput& input, const Values& x_mean, const Weights& weights,
                               const OutputGradient& gradient, const Affine& mask, const Tensor& z, const NormGradient& norm,
                               bool x_needs_grad, const Skip& skip) {
@@ -480,10 +288,6 @@ LayerGradients backward_layer(const LayerInput& input, const Values& x_mean, con
     }
   }
   return result;
-}
-
-Tensor like(const Values& values, const Tensor& parameter) {
-  return vector_of(values, at::kDouble).to(parameter.scalar_type());
 }
 
 }  // namespace odn_fast::separable_conv

@@ -39,6 +39,17 @@ using Vector = typename VectorOf<Real>::type;
 template <typename Real>
 constexpr int64_t lanes = vector_bytes / sizeof(Real);
 
+// Channels come in blocks of as many as a vector has lanes.
+template <typename Real>
+constexpr int64_t blocks_of(int64_t channels) {
+  return (channels + lanes<Real> - 1) / lanes<Real>;
+}
+
+template <typename Real>
+constexpr int64_t padded(int64_t channels) {
+  return blocks_of<Real>(channels) * lanes<Real>;
+}
+
 using Bits = Vector<uint32_t>;
 typedef uint16_t HalfBits __attribute__((vector_size(vector_bytes / 2)));
 

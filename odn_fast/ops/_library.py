@@ -58,3 +58,12 @@ def define_autocast(op: torch._ops.OpOverload, read: Callable[..., tuple]) -> No
 def as_bfloat16(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """A float32 tensor in bfloat16, anything else as it is."""
     return tensor.bfloat16() if tensor is not None and tensor.dtype == torch.float32 else tensor
+
+
+def refuse_second_derivative(op: str) -> None:
+    if torch.is_grad_enabled():  # create_graph=True: a second backward would silently miss terms
+        raise RuntimeError(f"{op} can be differentiated only once, so create_graph=True is not supported")
+
+
+def contiguous_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

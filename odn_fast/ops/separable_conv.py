@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
 
-from odn_fast.ops._library import as_bfloat16, define, define_autocast, library
+from odn_fast.ops._library import (
+    as_bfloat16,
+    contiguous_like,
+    define,
+    define_autocast,
+    library,
+    refuse_second_derivative,
+)
 from odn_fast.reference import separable_conv as reference
 
 
@@ -78,10 +85,6 @@ def empty_map(x: Tensor, channels: int, stride: int) -> Tensor:
     return torch.empty(
         (x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-
-
-def contiguous_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _fake_train(x, dw, pw, bn_weight, bn_bias, residual, stride, eps, relu):
@@ -171,11 +174,6 @@ class _SeparableConvInfer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         raise RuntimeError("separable_conv_infer has no gradient; use separable_conv_train")
-
-
-def refuse_second_derivative(op: str) -> None:
-    if torch.is_grad_enabled():  # create_graph=True: a second backward would silently miss terms
-        raise RuntimeError(f"{op} can be differentiated only once, so create_graph=True is not supported")
 
 
 def _read_train(x, dw, pw, bn_weight, bn_bias, residual, stride, eps, relu):

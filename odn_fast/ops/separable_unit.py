@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from odn_fast.ops._library import as_bfloat16, define, define_autocast, library
-from odn_fast.ops.separable_conv import (
-    backward_flops,
+from odn_fast.ops._library import (
+    as_bfloat16,
     contiguous_like,
-    convolution_backward_flops,
-    empty_map,
-    forward_flops,
+    define,
+    define_autocast,
+    library,
     refuse_second_derivative,
 )
+from odn_fast.ops.separable_conv import backward_flops, convolution_backward_flops, empty_map, forward_flops
 from odn_fast.reference import separable_unit as reference
 
 

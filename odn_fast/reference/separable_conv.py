@@ -8,7 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float64)
+from odn_fast.reference.batch_norm_act import (
+    batch_norm_gradients,
+    check_tensor,
+    check_values_per_channel,
+    check_vectors,
+    compute_dtype,
+    normalise,
+    per_channel,
+    statistics,
+    stored,
+)
+
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "hard_swish": F.hardswish, "silu": F.silu}
 
 
@@ -69,46 +80,9 @@ def check_convolutions(
     return batch, pw.shape[0], output_size(height, stride), output_size(width, stride)
 
 
-def check_vectors(op: str, x: Tensor, channels: int, **vectors: Tensor) -> None:
-    for name, vector in vectors.items():
-        check_tensor(op, name, vector, (channels,), x.device)
-
-
-def check_tensor(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
-    if tensor.dtype not in FLOATING:
-        raise ValueError(
-            f"{op}: {name} of shape {tuple(tensor.shape)} has dtype {tensor.dtype}, "
-            f"expected {', '.join(map(str, FLOATING))}"
-        )
-    if tensor.device != device:
-        raise ValueError(
-            f"{op}: {name} of shape {tuple(tensor.shape)} is on {tensor.device}, expected {device} as x"
-        )
-
-
-def check_values_per_channel(op: str, x: Tensor, output: tuple[int, int, int, int]) -> None:
-    batch, channels, height, width = output
-    if batch * height * width == 1:
-        raise ValueError(
-            f"{op}: x has shape {tuple(x.shape)}, which leaves one value per channel, {tuple(output)}; "
-            "expected more than 1 value per channel when training"
-        )
-
-
 def output_size(size: int, stride: int) -> int:
     """Rows or columns after a 3x3 convolution with padding 1."""
     return (size - 1) // stride + 1
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of arithmetic and statistics: float64 for float64 x, float32 otherwise."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def depthwise(x: Tensor, dw: Tensor, stride: int) -> Tensor:
@@ -140,36 +114,6 @@ def separable_gradients(
     grad_depthwise, grad_pw = convolution_gradients(grad, depthwise(x, dw, stride), pw, 1, True)
     grad_x, grad_dw = convolution_gradients(grad_depthwise, x, dw, stride, x_needs_grad)
     return grad_x, grad_dw, grad_pw
-
-
-def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, zeros for an empty batch."""
-    if z.numel() == 0:
-        return z.new_zeros(z.shape[1]), z.new_zeros(z.shape[1])
-    mean = z.mean((0, 2, 3))
-    return mean, (z - per_channel(mean)).square().mean((0, 2, 3))
-
-
-def per_channel(vector: Tensor) -> Tensor:
-    return vector[:, None, None]
-
-
-def normalise(z: Tensor, z_mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    scale = weight.to(z.dtype) * torch.rsqrt(var + eps)
-    return (z - per_channel(z_mean)) * per_channel(scale) + per_channel(bias.to(z.dtype))
-
-
-def batch_norm_gradients(
-    grad: Tensor, z: Tensor, z_mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z, through the statistics too, and of weight and bias."""
-    inverse_deviation = torch.rsqrt(var + eps)
-    standardised = (z - per_channel(z_mean)) * per_channel(inverse_deviation)
-    grad_bias, grad_weight = grad.sum((0, 2, 3)), (grad * standardised).sum((0, 2, 3))
-    values = z.numel() // z.shape[1]
-    through_statistics = per_channel(grad_bias / values) + standardised * per_channel(grad_weight / values)
-    grad_z = per_channel(weight.to(z.dtype) * inverse_deviation) * (grad - through_statistics)
-    return grad_z, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
 def separable_conv_train(

@@ -7,21 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odn_fast.reference.separable_conv import (
+from odn_fast.reference.batch_norm_act import (
     batch_norm_gradients,
-    check_convolutions,
     check_tensor,
     check_values_per_channel,
     check_vectors,
     compute_dtype,
+    normalise,
+    statistics,
+    stored,
+)
+from odn_fast.reference.separable_conv import (
+    check_convolutions,
     convolution_gradients,
     depthwise,
-    normalise,
     output_size,
     pointwise,
     separable_gradients,
-    statistics,
-    stored,
 )
 
 # The strides of the two depthwise convolutions, by the unit's stride.

@@ -1,0 +1,140 @@
+"""Training batch norm, residual and ReLU in plain PyTorch.
+
+`check` is the one place where arguments are validated; the public function, the fake and this reference all call it.
+The pieces are shared with `separable_conv` and `separable_unit`.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    """Raise ValueError naming the first argument that breaks the contract of `batch_norm_act_train`."""
+    op = "batch_norm_act_train"
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, H, W) with C, H and W at least 1")
+    check_tensor(op, "x", x, x.shape, x.device)
+    check_vectors(op, x, x.shape[1], weight=weight, bias=bias)
+    if residual is not None:
+        check_tensor(op, "residual", residual, x.shape, x.device)
+    check_values_per_channel(op, x, x.shape)
+
+
+def check_vectors(op: str, x: Tensor, channels: int, **vectors: Tensor) -> None:
+    for name, vector in vectors.items():
+        check_tensor(op, name, vector, (channels,), x.device)
+
+
+def check_tensor(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+    if tensor.dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: {name} of shape {tuple(tensor.shape)} has dtype {tensor.dtype}, "
+            f"expected {', '.join(map(str, FLOATING))}"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"{op}: {name} of shape {tuple(tensor.shape)} is on {tensor.device}, expected {device} as x"
+        )
+
+
+def check_values_per_channel(op: str, x: Tensor, output: tuple[int, int, int, int]) -> None:
+    batch, channels, height, width = output
+    if batch * height * width == 1:
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}, which leaves one value per channel, {tuple(output)}; "
+            "expected more than 1 value per channel when training"
+        )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of arithmetic and statistics: float64 for float64 x, float32 otherwise."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, zeros for an empty batch."""
+    if z.numel() == 0:
+        return z.new_zeros(z.shape[1]), z.new_zeros(z.shape[1])
+    mean = z.mean((0, 2, 3))
+    mean = mean + (z - per_channel(mean)).mean((0, 2, 3))  # what the sum of large values lost
+    return mean, (z - per_channel(mean)).square().mean((0, 2, 3))
+
+
+def per_channel(vector: Tensor) -> Tensor:
+    return vector[:, None, None]
+
+
+def normalise(z: Tensor, z_mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    scale = weight.to(z.dtype) * torch.rsqrt(var + eps)
+    return (z - per_channel(z_mean)) * per_channel(scale) + per_channel(bias.to(z.dtype))
+
+
+def batch_norm_gradients(
+    grad: Tensor, z: Tensor, z_mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of z, through the statistics too, and of weight and bias."""
+    inverse_deviation = torch.rsqrt(var + eps)
+    standardised = (z - per_channel(z_mean)) * per_channel(inverse_deviation)
+    grad_bias, grad_weight = grad.sum((0, 2, 3)), (grad * standardised).sum((0, 2, 3))
+    values = z.numel() // z.shape[1]
+    through_statistics = per_channel(grad_bias / values) + standardised * per_channel(grad_weight / values)
+    grad_z = per_channel(weight.to(z.dtype) * inverse_deviation) * (grad - through_statistics)
+    return grad_z, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def batch_norm_act_train(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm with the batch's statistics, + residual, ReLU if `relu`.
+
+    x: (N, C, H, W); weight, bias: (C,); residual: (N, C, H, W) or None.
+
+    Returns y (N, C, H, W) in x's dtype, channels_last, and mean and biased variance (C,) of x in `compute_dtype`.
+    """
+    check(x, weight, bias, residual)
+    exact = x.to(compute_dtype(x))
+    mean, var = statistics(exact)
+    y = normalise(exact, mean, var, weight, bias, eps)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    return stored(y.relu() if relu else y, x.dtype), mean, var
+
+
+def batch_norm_act_train_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    x_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of sum(grad_y * y) with respect to x, weight, bias and the residual.
+
+    mean, var: from `batch_norm_act_train`; y too, where there is a residual and `relu`, else None.
+
+    The gradient of x and that of the residual are in x's dtype, channels_last, those of parameters in the parameter's.
+    The gradient of x has shape (0,) if it is not needed; that of the residual if y is None: without ReLU it is grad_y.
+    """
+    dtype = compute_dtype(x)
+    grad, exact = grad_y.to(dtype), x.to(dtype)
+    if relu:
+        grad = grad * (normalise(exact, mean, var, weight, bias, eps) > 0 if y is None else y > 0)
+    grad_x, grad_weight, grad_bias = batch_norm_gradients(grad, exact, mean, var, weight, bias, eps)
+    return (
+        stored(grad_x, x.dtype) if x_needs_grad else x.new_empty(0),
+        grad_weight,
+        grad_bias,
+        x.new_empty(0) if y is None else stored(grad, x.dtype),
+    )
