@@ -57,8 +57,11 @@ struct Teacher {  // of one image, packed
       for (int64_t c = 0; c < panel<R>; ++c) {
         mean[first + c] = !known_mean ? static_cast<R>(exact_mean[first + c]) : c < count ? known_mean[first + c] : 0;
       }
-      centre<panel_vectors<R>>(from + first, channels, positions, count, mean + first, to,
-                               known_mean ? itself<R> : square<R>, sums);
+      if (known_mean) {
+        centre<panel_vectors<R>, itself>(from + first, channels, positions, count, mean + first, to, sums);
+      } else {
+        centre<panel_vectors<R>, square>(from + first, channels, positions, count, mean + first, to, sums);
+      }
       for (int64_t c = 0; c < panel<R>; ++c) {
         const double sum = sums[c] / static_cast<double>(positions);
         if (known_mean) exact_mean[first + c] = mean[first + c] + sum;
@@ -137,7 +140,7 @@ struct Block {
   void pack(const Storage* from, int64_t step) {
     means<vectors>(from, step, teacher.positions, count, exact_mean);
     for (int64_t c = 0; c < width; ++c) mean[c] = static_cast<R>(exact_mean[c]);
-    centre<vectors>(from, step, teacher.positions, count, mean, rows, square<R>, squares);
+    centre<vectors, square>(from, step, teacher.positions, count, mean, rows, squares);
     const double positions = static_cast<double>(teacher.positions);
     for (int64_t c = 0; c < width; ++c) {
       deviation[c] = static_cast<R>(__builtin_sqrt(squares[c] / positions));
@@ -227,7 +230,7 @@ struct Block {
       if (with_gradient) correlate<vectors>(k, teacher.step, positions, teacher.channels, part, begin > 0, slopes);
       double sum[width];
       sum_over_positions<vectors>(
-          part, width, positions, width, [](int64_t, int, Vector<R> x) { return square<R>(x); }, sum);
+          part, width, positions, width, [](int64_t, int, Vector<R> x) { return square(x); }, sum);
       for (int64_t c = 0; c < width; ++c) total[c] += sum[c];
     });
     double sum = 0;
@@ -241,7 +244,7 @@ struct Block {
     double total[width] = {};
     for_groups([&](int64_t begin, int64_t positions, const R* k) {
       double sum[width];
-      centre<vectors>(from + begin * step, step, positions, count, zero, part, itself<R>, sum);
+      centre<vectors, itself>(from + begin * step, step, positions, count, zero, part, sum);
       correlate<vectors>(k, teacher.step, positions, teacher.channels, part, begin > 0, slopes);
       for (int64_t c = 0; c < width; ++c) total[c] += sum[c];
     });

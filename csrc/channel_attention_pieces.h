@@ -213,19 +213,12 @@ void means(const Storage* from, int64_t step, int64_t positions, int64_t count, 
   for (int64_t c = 0; c < width; ++c) mean[c] = pivot[c] + total[c] / static_cast<double>(positions);
 }
 
-template <typename R>
-inline Vector<R> itself(Vector<R> x) {
-  return x;
-}
-template <typename R>
-inline Vector<R> square(Vector<R> x) {
-  return x * x;
-}
+constexpr auto itself = [](auto x) { return x; };
+constexpr auto square = [](auto x) { return x * x; };
 
 // Rows less `mean`, and the sums of `term` of them.
-template <int vectors, typename Storage, typename R, typename Term>
-void centre(const Storage* from, int64_t step, int64_t positions, int64_t count, const R* mean, R* to, Term term,
-            double* total) {
+template <int vectors, auto term, typename Storage, typename R>
+void centre(const Storage* from, int64_t step, int64_t positions, int64_t count, const R* mean, R* to, double* total) {
   Vector<R> middle[vectors];
   for (int v = 0; v < vectors; ++v) middle[v] = load(mean + v * lanes<R>);
   sum_over_positions<vectors>(

@@ -153,6 +153,7 @@ class _ChannelAttentionLoss(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             loss, gradient = _channel_attention_loss(student, teacher, mean, std, gram, standardize, True)
         ctx.mark_non_differentiable(gradient)
+        ctx.set_materialize_grads(False)  # no map of zeros for the second output
         ctx.gradient = gradient
         return loss, gradient
 
