@@ -12,108 +12,27 @@
 // elements of K, which is packed into panels of one cache line per position. Q is taken in blocks of up to four vectors
 // of channels, which do not depend on each other.
 //
-// K^T D has two forms: from D itself, a group of positions at a time, or S - (K^T K) A, which spares a pass over the maps and loses
-// digits to cancellation where D is much smaller than Q. It is used where it is cheaper and D turns out not small.
+// K^T D has two forms: from D itself, a group of positions at a time, or S - (K^T K) A, which spares products of the
+// maps and loses digits to cancellation where D is much smaller than Q. It is used where it is cheaper and D turns out
+// not small.
 //
 // Everything but the table has internal linkage and no function of the standard library is instantiated here.
 #include "channel_attention.h"
-#include "channel_attention_pieces.h"
+#include "channel_attention_teacher.h"
 
 namespace odn_fast::channel_attention::ODN_FAST_INSTRUCTION_SET {
 namespace {
 
-constexpr double epsilon = 1e-3;          // added to standard deviations
 constexpr double small_difference = 0.125;  // as a share of Q's squares: three bits are lost above, more below
-template <typename R>
-struct Teacher {  // of one image, packed
-  R* rows;        // [panels][P][panel], less their means
-  R* mean;        // [padded], as all that follow
-  double* exact_mean;  // before it was rounded
-  R* scale;       // 1 / (standard deviation + epsilon), or 1
-  R* deviation;
-  R* gram;        // [panels][padded][panel]
-  int64_t channels, padded, panels, positions;
-  int64_t step;   // from panel to panel
 
-  Teacher(Workspace& workspace, int64_t channels, int64_t positions)
-      : channels(channels), padded(rounded_up(channels, panel<R>)), panels(padded / panel<R>), positions(positions),
-        step(positions * panel<R>) {
-    rows = workspace.take<R>(panels * step);
-    mean = workspace.take<R>(padded);
-    exact_mean = workspace.take<double>(padded);
-    scale = workspace.take<R>(padded);
-    deviation = workspace.take<R>(padded);
-    gram = workspace.take<R>(padded * padded);
-  }
-
-  // known_mean, known_deviation: of this image, or null.
-  template <typename Storage>
-  void pack(const Storage* from, const R* known_mean, const R* known_deviation, bool standardize) {
-    double sums[panel<R>];
-    for (int64_t first = 0; first < padded; first += panel<R>) {
-      const int64_t count = smaller(panel<R>, channels - first);
-      R* to = rows + first / panel<R> * step;
-      if (!known_mean) means<panel_vectors<R>>(from + first, channels, positions, count, exact_mean + first);
-      for (int64_t c = 0; c < panel<R>; ++c) {
-        mean[first + c] = !known_mean ? static_cast<R>(exact_mean[first + c]) : c < count ? known_mean[first + c] : 0;
-      }
-      if (known_mean) {
-        centre<panel_vectors<R>, itself>(from + first, channels, positions, count, mean + first, to, sums);
-      } else {
-        centre<panel_vectors<R>, square>(from + first, channels, positions, count, mean + first, to, sums);
-      }
-      for (int64_t c = 0; c < panel<R>; ++c) {
-        const double sum = sums[c] / static_cast<double>(positions);
-        if (known_mean) exact_mean[first + c] = mean[first + c] + sum;
-        deviation[first + c] = !known_mean ? static_cast<R>(__builtin_sqrt(sum)) : c < count ? known_deviation[first + c] : 0;
-        scale[first + c] = standardize ? static_cast<R>(1 / (deviation[first + c] + epsilon)) : 1;
-      }
-    }
-  }
-
-  void pack(const Map& map, int64_t image, const Statistics& known, bool standardize) {
-    const R* known_mean = known.mean ? static_cast<const R*>(known.mean) + image * channels : nullptr;
-    const R* known_deviation = known.std ? static_cast<const R*>(known.std) + image * channels : nullptr;
-    const int64_t offset = image * positions * channels;
-    if (map.bfloat16) {
-      if constexpr (sizeof(R) == sizeof(float)) {
-        pack(static_cast<const Bfloat16*>(map.data) + offset, known_mean, known_deviation, standardize);
-      }
-    } else {
-      pack(static_cast<const R*>(map.data) + offset, known_mean, known_deviation, standardize);
-    }
-  }
-
-  void take_gram() {
-    for (int64_t i = 0; i < panels; ++i) {
-      R* columns = gram + i * padded * panel<R>;
-      for (int64_t begin = 0; begin < positions; begin += group) {
-        correlate<panel_vectors<R>>(rows + begin * panel<R>, step, smaller(group, positions - begin), padded,
-                                    rows + i * step + begin * panel<R>, begin > 0, columns);
-      }
-    }
-  }
-
-  void copy_gram(const R* from) {
-    for (int64_t i = 0; i < panels; ++i) {
-      for (int64_t j = 0; j < padded; ++j) {
-        for (int64_t c = 0; c < panel<R>; ++c) {
-          const int64_t column = i * panel<R> + c;
-          gram[(i * padded + j) * panel<R> + c] = j < channels && column < channels ? from[j * channels + column] : 0;
-        }
-      }
-    }
-  }
-};
-
-// ---- A block of the student's channels ------------------------------------------------------------------------------
-
+// A block of the student's channels.
 template <int vectors, typename R>
 struct Block {
   static constexpr int64_t width = vectors * lanes<R>;
 
   const Teacher<R>& teacher;
   bool standardize;
+  Ahead ahead[2] = {};  // the maps of the next image
   R* rows;      // [P][width], less their means
   R* products;  // [padded][width], S
   R* weights;   // [padded][width], A
@@ -136,6 +55,19 @@ struct Block {
     for (R& value : one) value = 1;
   }
 
+  // Spreads the reading of the maps of `image` over the two or three passes over positions that every block takes.
+  void expect(const Maps& maps, int64_t image) {
+    const Map* both[] = {&maps.student, &maps.teacher};
+    const int64_t blocks = (maps.student.channels + width - 1) / width;
+    const int64_t passes = 2 * blocks * ((teacher.positions + group - 1) / group);
+    for (int i = 0; i < 2; ++i) {
+      const int64_t bytes = teacher.positions * both[i]->channels * (both[i]->bfloat16 ? 2 : sizeof(R));
+      const char* from = static_cast<const char*>(both[i]->data) + image * bytes;
+      const int64_t share = bytes * first / (blocks * width);
+      ahead[i] = {from + share, from + bytes, bytes / passes + 64};
+    }
+  }
+
   template <typename Storage>
   void pack(const Storage* from, int64_t step) {
     means<vectors>(from, step, teacher.positions, count, exact_mean);
@@ -150,6 +82,7 @@ struct Block {
 
   void for_groups(auto visit) {
     for (int64_t begin = 0; begin < teacher.positions; begin += group) {
+      for (Ahead& map : ahead) map.fetch();
       visit(begin, smaller(group, teacher.positions - begin), teacher.rows + begin * panel<R>);
     }
   }
@@ -314,8 +247,6 @@ struct Block {
   }
 };
 
-// ---- Images ---------------------------------------------------------------------------------------------------------
-
 // Blocks of equal width, so that no block is nearly empty.
 template <typename R>
 int64_t block_vectors(int64_t channels) {
@@ -325,11 +256,11 @@ int64_t block_vectors(int64_t channels) {
 
 template <typename R>
 int64_t workspace_bytes(int64_t student_channels, int64_t teacher_channels, int64_t positions) {
-  Workspace workspace{nullptr};
+  Workspace workspace{0};
   const Teacher<R> teacher(workspace, teacher_channels, positions);
   const int64_t width = block_vectors<R>(student_channels) * lanes<R>;
   const int64_t block = (positions + 3 * teacher.padded + group) * width * sizeof(R);
-  return workspace.next - static_cast<char*>(nullptr) + block + 5 * 64;
+  return static_cast<int64_t>(workspace.next) + block + 5 * 64;
 }
 
 // Calls visit with a Block of the right width for every block of the student's channels.
@@ -347,11 +278,14 @@ void for_blocks(const Teacher<R>& teacher, Workspace workspace, bool standardize
   }
 }
 
-// Whether K^T D comes cheaper from the Gram matrix than from D, which takes `spared` products of the maps.
+// Whether K^T D comes cheaper from the Gram matrix than from D, which takes `spared` products of the maps. A known
+// matrix must be read and packed; an element costs about as much as 16 multiply-adds.
 template <typename R>
 bool gram_pays(const Teacher<R>& teacher, int64_t student_channels, bool known, int spared) {
-  const double use = static_cast<double>(teacher.padded) / teacher.positions;
-  const double take = known ? 0 : static_cast<double>(teacher.padded) / student_channels;
+  const double channels = static_cast<double>(teacher.padded);
+  const double use = channels / teacher.positions;
+  const double half = 0.5 * (1 + 1.0 / teacher.panels);  // of a symmetric matrix
+  const double take = (known ? 16.0 / teacher.positions : half) * channels / student_channels;
   return use + take < spared;
 }
 
@@ -370,6 +304,7 @@ void loss(const Loss& p, int64_t first, int64_t last, Workspace workspace) {
     const Storage* student = static_cast<const Storage*>(maps.student.data) + offset;
     double sum = 0;
     for_blocks<1>(teacher, workspace, maps.standardize, channels, [&](auto& block) {
+      if (image + 1 < last) block.expect(maps, image + 1);
       block.pack(student + block.first, channels);
       block.attend();
       double squares = with_gram ? block.squares_from_gram() : -1;
@@ -405,7 +340,7 @@ void project(const Projection& p, int64_t first, int64_t last, Workspace workspa
 
 template <typename R>
 void statistics(const TeacherPass& p, int64_t first, int64_t last, void* memory) {
-  Workspace workspace{static_cast<char*>(memory)};
+  Workspace workspace{reinterpret_cast<uintptr_t>(memory)};
   const int64_t channels = p.teacher.channels;
   Teacher<R> teacher(workspace, channels, p.positions);
   for (int64_t image = first; image < last; ++image) {
@@ -424,7 +359,7 @@ void statistics(const TeacherPass& p, int64_t first, int64_t last, void* memory)
 
 template <typename R>
 void loss(const Loss& p, int64_t first, int64_t last, void* memory) {
-  const Workspace workspace{static_cast<char*>(memory)};
+  const Workspace workspace{reinterpret_cast<uintptr_t>(memory)};
   if constexpr (sizeof(R) == sizeof(float)) {
     if (p.maps.student.bfloat16) return loss<R, Bfloat16>(p, first, last, workspace);
   }
@@ -433,7 +368,7 @@ void loss(const Loss& p, int64_t first, int64_t last, void* memory) {
 
 template <typename R>
 void project(const Projection& p, int64_t first, int64_t last, void* memory) {
-  const Workspace workspace{static_cast<char*>(memory)};
+  const Workspace workspace{reinterpret_cast<uintptr_t>(memory)};
   if constexpr (sizeof(R) == sizeof(float)) {
     if (p.maps.student.bfloat16) return project<R, Bfloat16>(p, first, last, workspace);
   }

@@ -31,15 +31,26 @@ constexpr int tile_rows = (vectors == 1 ? 8 : vectors == 4 ? 2 : 4) * (vector_re
 inline int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Carves arrays out of a workspace; without one, it measures how much they need.
+// Carves arrays out of memory from the address `next` on; from zero on, it measures how much they need.
 struct Workspace {
-  char* next;
+  uintptr_t next;
 
   template <typename T>
   T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(next);
     next += rounded_up(count * sizeof(T), 64);
     return array;
+  }
+};
+
+// Memory that will be read soon, asked for a piece at a time while something else is computed.
+struct Ahead {
+  const char* next;
+  const char* end;
+  int64_t piece;  // bytes
+
+  void fetch() {
+    for (const char* stop = end - next < piece ? end : next + piece; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
 
