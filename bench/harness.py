@@ -1,4 +1,4 @@
-"""What every bench shares: the machine line, paired timing, measured bandwidth, the report.
+"""What every bench shares: the machine line, paired timing, measured bandwidth, arithmetic and memory, the report.
 
     def test_something():
         prepare()
@@ -10,6 +10,7 @@ meets all arms. A ratio is the median of the ratios within repetitions. Repetiti
 used the processor are measured again.
 """
 
+import ctypes
 import datetime
 import itertools
 import json
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from odn_fast import _extension
 from odn_fast.engine.allocator import tune_allocator
@@ -119,6 +121,36 @@ def bandwidth(megabytes: int = 256) -> dict[str, float]:
     times = measure({"read": x.sum, "update": lambda: x.mul_(1.0)}, repetitions=15).times
     size = x.numel() * x.element_size() / 1e6
     return {"read": size / min(times["read"]), "update": 2 * size / min(times["update"])}
+
+
+def peak_flops(dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of the fastest dense product PyTorch has here: a matrix product, or a convolution, the best of several."""
+    matrix = torch.ones(1024, 1024, dtype=dtype)
+    image = torch.ones(8, 128, 28, 28, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    kernel = torch.ones(128, 128, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        times = measure(
+            {"product": lambda: matrix @ matrix, "convolution": lambda: F.conv2d(image, kernel, padding=1)}, repetitions=30
+        ).times
+    return max(2 * 1024**3 / min(times["product"]), 2 * 9 * image.numel() * 128 / min(times["convolution"])) / 1e6
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """Megabytes that a call of `function` has in use at most beyond what was in use before; Linux with glibc.
+
+    Resident memory is measured, after what the allocator holds in reserve was given back: it counts every thread.
+    """
+    function()  # whatever is kept from a first call
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present level
+    before = resident_megabytes("VmRSS")
+    function()
+    return resident_megabytes("VmHWM") - before
+
+
+def resident_megabytes(field: str) -> float:
+    """VmRSS or VmHWM, the present and the highest resident memory of this process."""
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
