@@ -130,6 +130,21 @@ inline void store_partial(Storage* to, V value, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = part[lane];
 }
 
+// All lanes, or the first `count` of them.
+template <typename Storage>
+inline auto load_up_to(const Storage* from, int64_t count) {
+  return count >= lanes<Real<Storage>> ? load(from) : load_partial(from, count);
+}
+
+template <typename Storage, typename V>
+inline void store_up_to(Storage* to, V value, int64_t count) {
+  if (count >= lanes<Real<Storage>>) {
+    store(to, value);
+  } else {
+    store_partial(to, value, count);
+  }
+}
+
 // Adds every lane to a sum of its own, in double.
 template <typename V>
 inline void add_lanes(double* sums, V value) {
