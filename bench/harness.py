@@ -109,6 +109,28 @@ def ratio(baseline: Sequence[float], ours: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(baseline, ours, strict=True))
 
 
+def over_fastest(times: dict[str, list[float]]) -> tuple[str, float]:
+    """The fastest of all arms but "ours", by median, and how many times as long as ours it takes."""
+    fastest = min((name for name in times if name != "ours"), key=lambda name: statistics.median(times[name]))
+    return fastest, ratio(times[fastest], times["ours"])
+
+
+def relative_errors(
+    arms: dict[str, Callable[[], Sequence[torch.Tensor]]], truth: Sequence[torch.Tensor], tolerance: float = 0.0
+) -> dict[str, float]:
+    """Largest relative error (L2) of any of each arm's results; "ours" has to be right.
+
+    Right is an error of at most twice the eager arms' own, or `tolerance`.
+    """
+    errors = {}
+    for name, arm in arms.items():
+        results = zip(arm(), truth, strict=True)
+        errors[name] = max(((result.double() - true).norm() / true.norm()).item() for result, true in results)
+    eager = max(error for name, error in errors.items() if name.startswith("eager"))
+    assert errors["ours"] <= max(2 * eager, tolerance), f"ours is wrong, so its speed says nothing: {errors}"
+    return errors
+
+
 def spread(times: Sequence[float]) -> str:
     """Median and quartiles, as `1.23 (1.20-1.31)`."""
     low, middle, high = statistics.quantiles(times, n=4)

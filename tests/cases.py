@@ -60,6 +60,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded_positions": lambda x: x[..., :1, :1].expand(x.shape),  # the first position's values
     "overlapping": _overlapping,  # other values
 }
+REPEATING = ("expanded_images", "expanded_positions", "overlapping")
 
 
 def has_kernel(op: str) -> bool:
@@ -103,20 +104,42 @@ def assert_accurate(
     assert error <= allowed, f"error {error:.3e} is above {allowed:.3e}"
 
 
-def typical_sum(grad_y: Tensor) -> float:
-    """The size of a sum over one channel's terms of either sign, of which a parameter's gradient may be the rest."""
-    return grad_y.double().norm().item() / grad_y.shape[1] ** 0.5
+def upstream_gradient(arguments: Tensor, dtype: torch.dtype, layout: str, relu: bool = True) -> Tensor:
+    """A gradient for relu(arguments) or, without `relu`, for arguments.
+
+    A ReLU's gradient jumps at zero, and rounding alone decides on which side a value next to zero falls. There the
+    gradient is zero. Layouts that repeat values would repeat it elsewhere, so it is in NCHW instead.
+    """
+    grad = torch.randn(arguments.shape)
+    if relu:
+        tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float64: 0.0}[dtype]
+        grad[arguments.abs() < tolerance * arguments.abs().max()] = 0
+        layout = "nchw" if layout in REPEATING else layout
+    return LAYOUTS[layout](grad.to(dtype))
+
+
+def typical_sum(grad_y: Tensor, var: Tensor) -> float:
+    """The size of a sum of terms of either sign, of which a parameter's gradient is what does not cancel.
+
+    As many terms as one channel of grad_y has, divided by the least deviation if batch norm enlarges them.
+    """
+    return grad_y.double().norm().item() / grad_y.shape[1] ** 0.5 / min(1.0, var.min().sqrt().item())
 
 
 def plain_separable_conv(x, dw, pw, bn_weight, bn_bias, stride=1, eps=1e-5):
-    """Depthwise, pointwise, batch norm by PyTorch's own layers in x's dtype, parameters read in it: result, mean, var."""
-    between = F.conv2d(x, dw.to(x.dtype), stride=stride, padding=1, groups=x.shape[1])
-    return plain_pointwise(between, pw, bn_weight, bn_bias, eps)
+    """Depthwise, pointwise, batch norm by PyTorch's own layers in x's dtype, parameters read in it: result, mean, var.
+
+    In bfloat16 on maps narrower than the kernel, PyTorch's depthwise convolution leaves parts of the weight's gradient
+    unwritten. So it computes in float32 here, from and to bfloat16.
+    """
+    arithmetic = torch.promote_types(x.dtype, torch.float32)
+    between = F.conv2d(x.to(arithmetic), dw.to(x.dtype).to(arithmetic), stride=stride, padding=1, groups=x.shape[1])
+    return plain_pointwise(between.to(x.dtype), pw, bn_weight, bn_bias, eps)
 
 
 def plain_pointwise(x, pw, bn_weight, bn_bias, eps=1e-5):
     """Pointwise, batch norm by PyTorch's own layers: result, mean, var."""
-    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+    arithmetic = torch.promote_types(x.dtype, torch.float32)
     z = F.conv2d(x, pw.to(x.dtype))
     var, mean = torch.var_mean(z.detach().to(arithmetic), (0, 2, 3), correction=0)
     return F.batch_norm(z, None, None, bn_weight.to(arithmetic), bn_bias.to(arithmetic), training=True, eps=eps), mean, var
