@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace odn_fast::batch_norm {
@@ -10,6 +11,14 @@ namespace {
 constexpr int64_t multiply_adds_worth_a_thread = 1 << 18;
 
 const batch_norm_act::Functions& functions_for(const Tensor& x) { return by_storage(batch_norm_act::kernels.chosen(), x); }
+
+void write(const Values& values, at::ScalarType type, void* to) {
+  if (type == at::kDouble) {
+    std::copy(values.begin(), values.end(), static_cast<double*>(to));
+  } else {
+    std::copy(values.begin(), values.end(), static_cast<float*>(to));
+  }
+}
 
 }  // namespace
 
@@ -30,8 +39,8 @@ Tensor dense_as(const Tensor& map, const Tensor& x) { return dense(map.to(x.scal
 
 Values values_of(const Tensor& vector) {
   Values values(vector.size(0));
-  with_elements(vector, [&](const auto* from) {
-    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(from[i * vector.stride(0)]);
+  with_elements(vector, [&, stride = vector.stride(0)](const auto* from) {
+    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(from[i * stride]);
   });
   return values;
 }
@@ -42,13 +51,7 @@ Tensor empty_map(const Tensor& x, at::IntArrayRef shape) {
 
 Tensor vector_of(const Values& values, at::ScalarType type) {
   const Tensor result = at::empty({static_cast<int64_t>(values.size())}, type);
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (type == at::kDouble) {
-      result.mutable_data_ptr<double>()[i] = values[i];
-    } else {
-      result.mutable_data_ptr<float>()[i] = static_cast<float>(values[i]);
-    }
-  }
+  write(values, type, result.mutable_data_ptr());
   return result;
 }
 
@@ -63,16 +66,10 @@ int64_t padded(const Tensor& x, int64_t channels) {
 
 Vectors::Vectors(const Tensor& x, int64_t channels, std::initializer_list<const Values*> all)
     : stride_(padded(x, channels)), memory_(at::zeros({static_cast<int64_t>(all.size()), stride_}, compute_type(x))) {
-  int64_t row = 0;
+  char* row = static_cast<char*>(memory_.mutable_data_ptr());
   for (const Values* values : all) {
-    for (size_t i = 0; i < values->size(); ++i) {
-      if (memory_.scalar_type() == at::kDouble) {
-        memory_.mutable_data_ptr<double>()[row * stride_ + i] = (*values)[i];
-      } else {
-        memory_.mutable_data_ptr<float>()[row * stride_ + i] = static_cast<float>((*values)[i]);
-      }
-    }
-    ++row;
+    write(*values, memory_.scalar_type(), row);
+    row += stride_ * memory_.element_size();
   }
 }
 
@@ -82,6 +79,14 @@ void run(const Chunks& chunks, int64_t multiply_adds, Order order, const std::fu
   at::parallel_for(0, chunks.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) work(order == Order::forward ? i : begin + end - 1 - i);
   });
+}
+
+Values added(const std::vector<double>& sums, int64_t size) {
+  Values total(size, 0.0);
+  for (size_t of_chunk = 0; of_chunk < sums.size(); of_chunk += size) {
+    for (int64_t i = 0; i < size; ++i) total[i] += sums[of_chunk + i];
+  }
+  return total;
 }
 
 Affine affine(const Tensor& z_mean, const Tensor& var, const Tensor& bn_weight, const Tensor& bn_bias, double eps) {
@@ -121,7 +126,8 @@ Tensor finish(const Tensor& z, const Affine& affine, const Tensor* residual, con
 
 GradientSums reduce(const OutputGradient& gradient, const Tensor& z, const Values& z_mean, const Affine& mask,
                     const Tensor* other, const Values& other_mean, Tensor* masked) {
-  const int64_t channels = z.size(1), pixels = z.numel() / channels, stride = 3 * padded(z, channels);
+  const int64_t channels = z.size(1), pixels = z.numel() / channels, stride = padded(z, channels);
+  const int64_t rows = other ? 3 : 2;
   const Vectors vectors(z, channels, {&z_mean, &other_mean, &mask.scale, &mask.shift});
   batch_norm_act::Reduce reduce{};
   reduce.channels = channels;
@@ -136,19 +142,13 @@ GradientSums reduce(const OutputGradient& gradient, const Tensor& z, const Value
   reduce.other_mean = vectors[1];
   reduce.masked = masked ? masked->mutable_data_ptr() : nullptr;
   const Chunks chunks{pixels, most_chunks};
-  std::vector<double> sums(most_chunks * stride, 0.0);
+  std::vector<double> sums(most_chunks * rows * stride, 0.0);
   run(chunks, 2 * pixels * channels, Order::forward, [&](int64_t chunk) {
-    functions_for(z).reduce(reduce, chunks.first(chunk), chunks.first(chunk + 1), sums.data() + chunk * stride);
+    functions_for(z).reduce(reduce, chunks.first(chunk), chunks.first(chunk + 1), sums.data() + chunk * rows * stride);
   });
-  GradientSums result{Values(channels, 0.0), Values(channels, 0.0), Values(channels, 0.0)};
-  for (int64_t chunk = 0; chunk < most_chunks; ++chunk) {
-    for (int64_t c = 0; c < channels; ++c) {
-      result.grad[c] += sums[chunk * stride + c];
-      result.product[c] += sums[chunk * stride + stride / 3 + c];
-      result.other_product[c] += sums[chunk * stride + 2 * (stride / 3) + c];
-    }
-  }
-  return result;
+  const Values total = added(sums, rows * stride);
+  const auto row = [&](int64_t index) { return Values(&total[index * stride], &total[index * stride] + channels); };
+  return {row(0), row(1), other ? row(2) : Values()};
 }
 
 NormGradient norm_gradient(const Values& grad, const Values& product, const Tensor& z_mean, const Tensor& var,

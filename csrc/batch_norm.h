@@ -78,6 +78,9 @@ enum class Order { forward, backward };
 
 void run(const Chunks& chunks, int64_t multiply_adds, Order order, const std::function<void(int64_t)>& work);
 
+// The sums of `size` values of every chunk, which lie one after the other, added in the order of the chunks.
+Values added(const std::vector<double>& sums, int64_t size);
+
 struct Affine {  // scale * z + shift
   Values scale, shift;
 };
@@ -95,7 +98,7 @@ struct OutputGradient {
   bool relu;
 };
 
-// Sums over all pixels of the masked gradient and of its products with z - mean and other - other_mean.
+// Sums over all pixels of the masked gradient and of its products with z - mean and, where it is given, other - other_mean.
 struct GradientSums {
   Values grad, product, other_product;
 };

@@ -35,11 +35,13 @@ Values pivot(const Tensor& x) {
   with_elements(x, [&](const auto* from) {
     for (int64_t sample = 0; sample < samples; ++sample) {
       const auto* pixel = from + (2 * sample + 1) * pixels / (2 * samples) * channels;
-      for (int64_t c = 0; c < channels; ++c) result[c] += static_cast<double>(pixel[c]) / samples;
+      for (int64_t c = 0; c < channels; ++c) result[c] += static_cast<double>(pixel[c]);
     }
   });
-  if (compute_type(x) == at::kFloat) {
-    for (double& value : result) value = static_cast<float>(value);
+  const bool single = compute_type(x) == at::kFloat;
+  for (double& value : result) {
+    value /= std::max<int64_t>(samples, 1);
+    if (single) value = static_cast<float>(value);
   }
   return result;
 }
@@ -58,14 +60,10 @@ Moments moments(const Tensor& x) {
   run(chunks, pixels * channels, Order::forward, [&](int64_t chunk) {
     functions_for(x).statistics(statistics, chunks.first(chunk), chunks.first(chunk + 1), sums.data() + chunk * stride);
   });
+  const Values total = added(sums, stride);
   Values mean(channels), var(channels);
   for (int64_t c = 0; c < channels && pixels > 0; ++c) {
-    double sum = 0, squares = 0;
-    for (size_t at = c; at < sums.size(); at += stride) {
-      sum += sums[at];
-      squares += sums[at + stride / 2];
-    }
-    const double offset = sum / pixels, variance = squares / pixels - offset * offset;
+    const double offset = total[c] / pixels, variance = total[stride / 2 + c] / pixels - offset * offset;
     mean[c] = near_mean[c] + offset;
     var[c] = variance < 0 ? 0 : variance;  // NaN stays NaN
   }

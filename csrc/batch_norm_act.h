@@ -69,7 +69,7 @@ struct Functions {
   // Adds to sums (2, padded channels).
   void (*statistics)(const Statistics&, int64_t first_pixel, int64_t last_pixel, double* sums);
   void (*finish)(const Finish&, int64_t first_pixel, int64_t last_pixel);
-  // Adds to sums (3, padded channels).
+  // Adds to sums (3, padded channels), or (2, padded channels) where `other` is null.
   void (*reduce)(const Reduce&, int64_t first_pixel, int64_t last_pixel, double* sums);
   void (*apply)(const Apply&, int64_t first_pixel, int64_t last_pixel);
 };

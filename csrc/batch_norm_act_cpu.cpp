@@ -4,28 +4,26 @@
 namespace odn_fast::batch_norm_act::ODN_FAST_INSTRUCTION_SET {
 namespace {
 
-// Calls work.operator()<G>(begin, end, channel, block), for groups of pixels and, within a group, for every G blocks of
-// channels: what belongs to channels stays in registers, and sums stay short.
+// Calls work.operator()<G>(begin, end, channel, block) for groups of pixels and, within a group, for every G blocks of
+// channels: what belongs to channels stays in registers, and sums stay short. Memory is best read in order, so that the
+// rows of up to `widest` blocks are taken whole, and others in long pieces.
 template <typename Storage, typename Work>
 [[gnu::always_inline]] inline void sweep(int64_t channels, int64_t first_pixel, int64_t last_pixel, const Work& work) {
   constexpr int64_t L = lanes<Real<Storage>>, group = 64;
+  constexpr int widest = vector_registers / 4;
   for (int64_t begin = first_pixel; begin < last_pixel; begin += group) {
     const int64_t end = begin + group < last_pixel ? begin + group : last_pixel;
     int64_t channel = 0;
-    for (; channel + 4 * L <= channels; channel += 4 * L) {
-      work.template operator()<4>(begin, end, channel, WholeBlock<Storage>{});
-    }
-    for (; channel + L <= channels; channel += L) work.template operator()<1>(begin, end, channel, WholeBlock<Storage>{});
+    const auto blocks = [&]<int G>() {
+      work.template operator()<G>(begin, end, channel, WholeBlock<Storage>{});
+      channel += G * L;
+    };
+    while (channel + widest * L <= channels) blocks.template operator()<widest>();
+    if (widest > 4 && channel + 4 * L <= channels) blocks.template operator()<4>();
+    if (channel + 2 * L <= channels) blocks.template operator()<2>();
+    if (channel + L <= channels) blocks.template operator()<1>();
     if (channel < channels) work.template operator()<1>(begin, end, channel, PartOfBlock<Storage>{channels - channel});
   }
-}
-
-// A short sum in Real to one in double.
-template <typename Real>
-inline void add(double* to, Vector<Real> sum) {
-  Real parts[lanes<Real>];
-  __builtin_memcpy(parts, &sum, sizeof sum);
-  for (int64_t lane = 0; lane < lanes<Real>; ++lane) to[lane] += static_cast<double>(parts[lane]);
 }
 
 template <typename Storage>
@@ -36,20 +34,20 @@ void statistics(const Statistics& p, int64_t first_pixel, int64_t last_pixel, do
                  [&]<int G>(int64_t begin, int64_t end, int64_t channel, auto of_block) {
     const Storage* z = static_cast<const Storage*>(p.z) + channel;
     Vector<R> pivot[G], sum[G] = {}, squares[G] = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < G; ++i) pivot[i] = at_channel<R>(p.pivot, channel + i * L);
     for (int64_t pixel = begin; pixel < end; ++pixel) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < G; ++i) {
         const Vector<R> value = of_block.read(z + pixel * p.channels + i * L) - pivot[i];
         sum[i] += value;
         squares[i] += value * value;
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < G; ++i) {
-      add<R>(sums + channel + i * L, sum[i]);
-      add<R>(sums + padded<R>(p.channels) + channel + i * L, squares[i]);
+      add_lanes(sums + channel + i * L, sum[i]);
+      add_lanes(sums + padded<R>(p.channels) + channel + i * L, squares[i]);
     }
   });
 }
@@ -65,13 +63,13 @@ template <typename Storage, typename Residual>
     const Storage* z = static_cast<const Storage*>(p.z);
     Storage* y = static_cast<Storage*>(p.y);
     Vector<R> scale[G], shift[G];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < G; ++i) {
       scale[i] = at_channel<R>(p.scale, channel + i * L);
       shift[i] = at_channel<R>(p.shift, channel + i * L);
     }
     for (int64_t pixel = begin; pixel < end; ++pixel) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < G; ++i) {
         const int64_t of = channel + i * L, at = pixel * p.channels + of;
         const Vector<R> value = scale[i] * of_block.read(z + at) + shift[i] + residual(of_block, of, at);
@@ -112,7 +110,7 @@ void reduce(const Reduce& p, int64_t first_pixel, int64_t last_pixel, double* su
       Storage* to = static_cast<Storage*>(p.masked);
       Vector<R> sum[G] = {}, product[G] = {}, other_product[G] = {};
       for (int64_t pixel = begin; pixel < end; ++pixel) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < G; ++i) {
           const int64_t of = channel + i * L, at = pixel * p.channels + of;
           const Vector<R> value = of_block.read(z + at), grad = masked(of_block, at, of, value);
@@ -122,12 +120,12 @@ void reduce(const Reduce& p, int64_t first_pixel, int64_t last_pixel, double* su
           if (to) of_block.write(to + at, grad);
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < G; ++i) {
         double* of_channel = sums + channel + i * L;
-        add<R>(of_channel, sum[i]);
-        add<R>(of_channel + stride, product[i]);
-        if (other) add<R>(of_channel + 2 * stride, other_product[i]);
+        add_lanes(of_channel, sum[i]);
+        add_lanes(of_channel + stride, product[i]);
+        if (other) add_lanes(of_channel + 2 * stride, other_product[i]);
       }
     });
   });
@@ -143,7 +141,7 @@ void apply(const Apply& p, int64_t first_pixel, int64_t last_pixel) {
       const Storage* z = static_cast<const Storage*>(p.gradient.z);
       Storage* to = static_cast<Storage*>(p.grad_z);
       Vector<R> scale[G], constant[G], slope[G], mean[G];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < G; ++i) {
         scale[i] = at_channel<R>(p.gradient.scale, channel + i * L);
         constant[i] = at_channel<R>(p.gradient.constant, channel + i * L);
@@ -151,7 +149,7 @@ void apply(const Apply& p, int64_t first_pixel, int64_t last_pixel) {
         mean[i] = at_channel<R>(p.mean, channel + i * L);
       }
       for (int64_t pixel = begin; pixel < end; ++pixel) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < G; ++i) {
           const int64_t of = channel + i * L, at = pixel * p.channels + of;
           const Vector<R> value = of_block.read(z + at), grad = masked(of_block, at, of, value);

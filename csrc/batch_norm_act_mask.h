@@ -26,12 +26,14 @@ template <typename Storage, typename Work>
     work([=](auto of_block, int64_t offset, int64_t, V) { return of_block.read(grad + offset); });
   } else if (y) {
     work([=](auto of_block, int64_t offset, int64_t, V) {
-      return of_block.read(y + offset) <= 0 ? V{} : of_block.read(grad + offset);
+      const V value = loaded(of_block.read(grad + offset));
+      return of_block.read(y + offset) <= 0 ? V{} : value;
     });
   } else {
     work([=](auto of_block, int64_t offset, int64_t channel, V z) {
       const V before = at_channel<Real<Storage>>(scale, channel) * z + at_channel<Real<Storage>>(shift, channel);
-      return before <= 0 ? V{} : of_block.read(grad + offset);
+      const V value = loaded(of_block.read(grad + offset));
+      return before <= 0 ? V{} : value;
     });
   }
 }

@@ -184,15 +184,11 @@ Normalised forward_layer(const LayerInput& input, const Weights& weights) {
   std::vector<double> sums;
   launch_forward(functions, forward, &sums, 2 * stride);
 
+  const Values total = added(sums, 2 * stride);
   Values mean(channels), var(channels), z_mean(channels);
   for (int64_t c = 0; c < channels && values > 0; ++c) {
-    double sum = 0, squares = 0;
-    for (size_t at = c; at < sums.size(); at += 2 * stride) {
-      sum += sums[at];
-      squares += sums[at + stride];
-    }
-    z_mean[c] = sum / values;
-    const double variance = squares / values - z_mean[c] * z_mean[c];
+    z_mean[c] = total[c] / values;
+    const double variance = total[stride + c] / values - z_mean[c] * z_mean[c];
     var[c] = variance < 0 ? 0 : variance;
     mean[c] = z_mean[c] - start[c];
   }
