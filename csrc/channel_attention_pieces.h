@@ -4,7 +4,7 @@
 // crash an older processor.
 #pragma once
 
-#include "vectors.h"
+#include "workspace.h"
 
 namespace odn_fast::channel_attention::ODN_FAST_INSTRUCTION_SET {
 namespace {
@@ -28,21 +28,6 @@ constexpr int panel_vectors = panel<Real> / lanes<Real>;
 template <int vectors>
 constexpr int tile_rows = (vectors == 1 ? 8 : vectors == 4 ? 2 : 4) * (vector_registers / 16);
 
-inline int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Carves arrays out of memory from the address `next` on; from zero on, it measures how much they need.
-struct Workspace {
-  uintptr_t next;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* array = reinterpret_cast<T*>(next);
-    next += rounded_up(count * sizeof(T), 64);
-    return array;
-  }
-};
-
 // Memory that will be read soon, asked for a piece at a time while something else is computed.
 struct Ahead {
   const char* next;
@@ -53,23 +38,6 @@ struct Ahead {
     for (const char* stop = end - next < piece ? end : next + piece; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
-
-// exp of values that are not positive; below 1e-38 it stays there. NaN stays NaN.
-inline Vector<float> exponential(Vector<float> x) {
-  x = x < -87.0f ? Vector<float>{} - 87.0f : x;
-  const Vector<float> shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer in the lowest bits
-  const Vector<float> whole = shifted - 12582912.0f;
-  const Vector<float> r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  const Vector<float> series = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r +
-                                 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
-  const Bits power = (reinterpret_cast<Bits>(shifted) << 23) + (127u << 23);
-  return (series * r * r + r + 1.0f) * reinterpret_cast<Vector<float>>(power);
-}
-
-inline Vector<double> exponential(Vector<double> x) {
-  for (int64_t lane = 0; lane < lanes<double>; ++lane) x[lane] = __builtin_exp(x[lane]);
-  return x;
-}
 
 template <int rows, int vectors, int64_t row_step, int64_t term_step, typename Real>
 inline void multiply(Vector<Real> (&sum)[rows][vectors], const Real* k, const Real* b, int64_t terms) {

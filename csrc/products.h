@@ -4,7 +4,7 @@
 // lanes, so every address inside a tile is a constant offset. Channels are padded with zeros to whole blocks.
 #pragma once
 
-#include "vectors.h"
+#include "workspace.h"
 
 namespace odn_fast::ODN_FAST_INSTRUCTION_SET {
 namespace {
@@ -53,8 +53,8 @@ inline void convert_pairs(const float* from, int64_t rows, Bfloat16* to) {
 #endif
 
 template <typename Operand>
-constexpr int64_t whole_terms(int64_t count) {
-  return (count + Multiply<Operand>::terms - 1) / Multiply<Operand>::terms * Multiply<Operand>::terms;
+inline int64_t whole_terms(int64_t count) {
+  return rounded_up(count, Multiply<Operand>::terms);
 }
 
 inline void convert(float* to, float value) { *to = value; }
@@ -212,9 +212,8 @@ class Operands {
   using R = Real<Storage>;
   using O = Operand<Storage>;
 
-  template <typename Workspace>
   Operands(Workspace& workspace, int64_t most_rows, int64_t channels)
-      : copies_(converts ? workspace.template take<O>(whole_terms<O>(most_rows) * padded<R>(channels)) : nullptr) {}
+      : copies_(converts ? workspace.take<O>(whole_terms<O>(most_rows) * padded<R>(channels)) : nullptr) {}
 
   // [block][row][lane], blocks rows * lanes apart.
   const O* by_row(const R* values, int64_t rows, int64_t channels) const {

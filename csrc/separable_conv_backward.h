@@ -273,14 +273,14 @@ class BackwardUnit {
 
 template <typename Storage>
 int64_t backward_workspace(const Backward& p) {
-  Workspace workspace(nullptr);
+  Workspace workspace{0};
   BackwardUnit<Storage>(p, {}, workspace);
-  return workspace.used();
+  return static_cast<int64_t>(workspace.next);
 }
 
 template <typename Storage>
 void backward(const Backward& p, const BackwardSums& to, int64_t first_unit, int64_t last_unit, void* memory) {
-  Workspace workspace(memory);
+  Workspace workspace{reinterpret_cast<uintptr_t>(memory)};
   BackwardUnit<Storage> unit(p, to, workspace);
   unit.clear_borders();
   for (int64_t index = last_unit; index-- > first_unit;) unit.run(range_of(p.layer, index));

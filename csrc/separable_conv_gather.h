@@ -4,14 +4,12 @@
 
 #include "products.h"
 #include "separable_conv.h"
+#include "workspace.h"
 
 namespace odn_fast::separable_conv::ODN_FAST_INSTRUCTION_SET {
 namespace {
 
 using namespace odn_fast::ODN_FAST_INSTRUCTION_SET;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Output rows worked on at a time. Maps are read and written in runs long enough for the processor to fetch ahead of
 // them, and the buffers in between stay in the second-level cache.
@@ -28,30 +26,6 @@ struct Range {  // a work unit: output rows [first, last) of an image
 inline Range range_of(const Layer& layer, int64_t unit) {
   const int64_t first = unit % layer.ranges * layer.rows_per_range;
   return {unit / layer.ranges, first, smaller(first + layer.rows_per_range, layer.out_height)};
-}
-
-// Hands out aligned pieces of a workspace. Without one, it only counts.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <typename T>
-  T* take(int64_t elements) {
-    T* piece = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-    used_ += (elements * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return piece;
-  }
-
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
-
-template <typename Real>
-inline void clear(Real* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) values[i] = 0;
 }
 
 // The last `capacity` rows of one image, each [block][column + 1][lane] with a column of zeros at either side.

@@ -203,6 +203,29 @@ struct OperandOf {
 template <typename Storage>
 using Operand = typename OperandOf<Storage>::type;
 
+// exp(x) to the last bits of float: 2^n times a polynomial on [-ln(2)/2, ln(2)/2].
+inline Vector<float> exponential(Vector<float> x) {
+  typedef int32_t Integers __attribute__((vector_size(vector_bytes)));
+  const Vector<float> shifted = x * 1.442695041f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are an integer
+  const Vector<float> n = shifted - 12582912.0f;
+  const Vector<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Integers exponent = reinterpret_cast<Integers>(shifted) << 23;
+  const Vector<float> value = reinterpret_cast<Vector<float>>(reinterpret_cast<Integers>(p) + exponent);
+  const Vector<float> finite = x < -87.3f ? Vector<float>{} : value;
+  return x > 88.7f ? broadcast(__builtin_inff()) : x == x ? finite : x;
+}
+
+inline Vector<double> exponential(Vector<double> x) {
+  for (int64_t lane = 0; lane < lanes<double>; ++lane) x[lane] = __builtin_exp(x[lane]);
+  return x;
+}
+
 template <typename V>
 inline V relu(V value) {  // NaN stays NaN
   return value <= 0 ? V{} : value;

@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 
-from . import _extension, models, ops  # noqa: F401  (the extension registers its kernels on import)
+from . import _extension, models, nn, ops  # noqa: F401  (the extension registers its kernels on import)
 from .export import load
 from .models import profile
 
-__all__ = ["__version__", "load", "models", "ops", "profile"]
+__all__ = ["__version__", "load", "models", "nn", "ops", "profile"]

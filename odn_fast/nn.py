@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odn_fast.ops import separable_conv_infer, separable_conv_train, separable_unit_train
+from odn_fast.ops import (
+    TeacherStatistics,
+    channel_attention_loss,
+    separable_conv_infer,
+    separable_conv_train,
+    separable_unit_train,
+)
 from odn_fast.reference.separable_unit import STRIDES
 
 SKIPS = ("auto", "always", "none")
@@ -132,6 +138,31 @@ class ResidualSeparableUnit(nn.Module):
 
     def extra_repr(self) -> str:
         return f"stride={self.pool * self.stride}, identity={self.identity}"
+
+
+class ChannelAttentionLoss(nn.Module):
+    """Mean squared difference between a student's map and its channel-attention projection of a teacher's.
+
+    The inner loss R of SEArch (Eq. 1 and 2), as `odn_fast.ops.channel_attention_loss` defines it.
+
+    Args:
+        standardize: False takes Eq. 1 literally, which shrinks the student towards a map of zeros.
+    """
+
+    def __init__(self, standardize: bool = True):
+        super().__init__()
+        self.standardize = standardize
+
+    def forward(self, student: Tensor, teacher: Tensor, statistics: TeacherStatistics | None = None) -> Tensor:
+        """student: (N, C_s, H, W); teacher: (N, C_t, H', W'), without gradient; statistics: `teacher_statistics` of the
+        teacher, which spares computing them again. Returns a scalar.
+
+        Raises ValueError on shapes and dtypes that do not fit.
+        """
+        return channel_attention_loss(student, teacher, statistics=statistics, standardize=self.standardize)
+
+    def extra_repr(self) -> str:
+        return f"standardize={self.standardize}"
 
 
 def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from cases import IMPLEMENTATIONS, use_implementation
-from odn_fast.nn import ResidualSeparableUnit, SeparableConvBNReLU
+from odn_fast.nn import ChannelAttentionLoss, ResidualSeparableUnit, SeparableConvBNReLU
+from odn_fast.ops import channel_attention, teacher_statistics
+from odn_fast.reference import channel_attention as channel_attention_reference
 from odn_fast.reference import separable_conv, separable_unit
 
 
 @pytest.fixture(params=IMPLEMENTATIONS, autouse=True)
 def implementation(request):
     with ExitStack() as stack:
-        for reference in (separable_conv, separable_unit):
+        for reference in (channel_attention_reference, separable_conv, separable_unit):
             stack.enter_context(use_implementation(request.param, reference))
         yield request.param
 
@@ -236,3 +238,17 @@ def test_sizes_are_rounded_up():
         for size in (1, 3, 8, 15, 17):
             y = ResidualSeparableUnit(2, 3, stride)(torch.randn(3, 2, size, size + 1))
             assert y.shape == (3, 3, -(-size // stride), -(-(size + 1) // stride))
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_channel_attention_loss_is_the_mean_square_of_what_the_projection_misses(standardize):
+    student = torch.randn(3, 5, 4, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 7, 4, 4, dtype=torch.float64)
+    module = ChannelAttentionLoss(standardize)
+    assert not module.state_dict() and f"standardize={standardize}" in repr(module)
+    expected = (student - channel_attention(student, teacher, standardize=standardize)).square().mean()
+    (gradient,) = torch.autograd.grad(expected, student)
+    for statistics in (None, teacher_statistics(teacher)):
+        loss = module(student, teacher, statistics)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(loss, student)[0], gradient, rtol=1e-10, atol=1e-12)

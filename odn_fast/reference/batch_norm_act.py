@@ -77,6 +77,11 @@ def normalise(z: Tensor, z_mean: Tensor, var: Tensor, weight: Tensor, bias: Tens
     return (z - per_channel(z_mean)) * per_channel(scale) + per_channel(bias.to(z.dtype))
 
 
+def let_through(grad: Tensor, y: Tensor) -> Tensor:
+    """The gradient where a ReLU with result, or argument, y let it through; as in PyTorch, NaN does."""
+    return grad.masked_fill(y <= 0, 0)
+
+
 def batch_norm_gradients(
     grad: Tensor, z: Tensor, z_mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +135,7 @@ def batch_norm_act_train_backward(
     dtype = compute_dtype(x)
     grad, exact = grad_y.to(dtype), x.to(dtype)
     if relu:
-        grad = grad * (normalise(exact, mean, var, weight, bias, eps) > 0 if y is None else y > 0)
+        grad = let_through(grad, normalise(exact, mean, var, weight, bias, eps) if y is None else y)
     grad_x, grad_weight, grad_bias = batch_norm_gradients(grad, exact, mean, var, weight, bias, eps)
     return (
         stored(grad_x, x.dtype) if x_needs_grad else x.new_empty(0),

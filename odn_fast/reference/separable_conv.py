@@ -14,6 +14,7 @@ from odn_fast.reference.batch_norm_act import (
     check_values_per_channel,
     check_vectors,
     compute_dtype,
+    let_through,
     normalise,
     per_channel,
     statistics,
@@ -173,7 +174,7 @@ def separable_conv_train_backward(
     dtype = compute_dtype(x)
     grad, z = grad_y.to(dtype), z.to(dtype)
     if relu:
-        grad = grad * (normalise(z, z_mean, var, bn_weight, bn_bias, eps) > 0 if y is None else y > 0)
+        grad = let_through(grad, normalise(z, z_mean, var, bn_weight, bn_bias, eps) if y is None else y)
     grad_z, grad_bn_weight, grad_bn_bias = batch_norm_gradients(grad, z, z_mean, var, bn_weight, bn_bias, eps)
     grad_x, grad_dw, grad_pw = separable_gradients(grad_z, x.to(dtype), dw, pw, stride, x_needs_grad)
     nothing = x.new_empty(0)

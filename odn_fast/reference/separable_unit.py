@@ -13,6 +13,7 @@ from odn_fast.reference.batch_norm_act import (
     check_values_per_channel,
     check_vectors,
     compute_dtype,
+    let_through,
     normalise,
     statistics,
     stored,
@@ -124,7 +125,7 @@ def separable_unit_train_backward(
     """
     dtype = compute_dtype(x)
     exact, zs = x.to(dtype), [z.to(dtype) for z in zs]
-    grad = grad_y.to(dtype) * (y > 0)
+    grad = let_through(grad_y.to(dtype), y)
 
     between = normalise(zs[0], z_means[0], vars[0], *first[2:], eps)
     grad_z, *grad_norm = batch_norm_gradients(grad, zs[1], z_means[1], vars[1], *second[2:], eps)
@@ -133,7 +134,7 @@ def separable_unit_train_backward(
     )
     grad_second = [*grad_weights, *grad_norm]
 
-    grad_between = grad_between * (between > 0)
+    grad_between = let_through(grad_between, between)
     grad_z, *grad_norm = batch_norm_gradients(grad_between, zs[0], z_means[0], vars[0], *first[2:], eps)
     grad_x, *grad_weights = separable_gradients(grad_z, exact, *first[:2], STRIDES[stride][0], x_needs_grad)
     grad_first = [*grad_weights, *grad_norm]

@@ -1,0 +1,186 @@
+"""Training batch norm, residual and ReLU at the shapes of ResNet-18 on 28x28 images, batch 128, channels_last.
+
+    pytest bench/bench_batch_norm_act.py -s
+
+Baselines are eager PyTorch, F.batch_norm with the addition and the ReLU in place, and torch.compile of the same
+(inductor, one graph per shape), which is so much slower that it is measured with ours alone, not to keep eager's
+repetitions apart. A step is forward and backward to the gradients of x, weight, bias and residual; backward is also
+timed by itself, from one forward pass, which a compiled graph does not allow. The mean and the variance for running statistics are outputs of ours; neither
+baseline is asked for them.
+
+The floor is memory traffic at the measured bandwidth: batch norm reads x for its statistics and again to normalise it,
+backward reads the gradient and x for two sums and again for the gradient of x. With a residual, y is read for the
+ReLU's mask, and the masked gradient, which is the residual's, is written at the first reading in place of being made
+twice. Maps that stay in a cache can beat it.
+
+Before anything is timed, each arm's results and gradients are compared with float64; the upstream gradient is zero
+where rounding decides on which side of the ReLU's jump a value falls.
+"""
+
+import statistics
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import harness
+from odn_fast.ops import batch_norm_act
+
+ARMS = ("ours", "eager", "compiled")
+PHASES = {"eager": ("forward", "backward", "step"), "compiled": ("forward", "step")}
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    channels: int
+    size: int
+    residual: bool
+
+    def __str__(self):
+        return f"{self.channels}, {self.size}x{self.size}{' + residual' if self.residual else ''}"
+
+    def floors(self, element_size, bandwidth):
+        """Milliseconds of each phase at `bandwidth` in GB/s."""
+        milliseconds = 1e-6 * BATCH * self.channels * self.size**2 * element_size / max(bandwidth.values())
+        forward, backward = (4, 7) if self.residual else (3, 5)
+        passes = {"forward": forward, "backward": backward, "step": forward + backward}
+        return {phase: count * milliseconds for phase, count in passes.items()}
+
+
+SHAPES = [
+    Shape(channels, size, residual)
+    for residual in (False, True)
+    for channels, size in ((64, 28), (128, 14), (256, 7), (512, 4))
+]
+
+
+def fused(x, weight, bias, residual):
+    return batch_norm_act(x, weight, bias, residual)[0]
+
+
+def plain(x, weight, bias, residual):
+    y = F.batch_norm(x, None, None, weight, bias, training=True)
+    if residual is not None:
+        y += residual
+    return y.relu_()
+
+
+class Workload:
+    """One shape's tensors, the same values for all arms."""
+
+    def __init__(self, shape, dtype):
+        torch.manual_seed(0)
+        x, residual, self.grad_y = (
+            torch.randn(BATCH, shape.channels, shape.size, shape.size)
+            .to(dtype)
+            .contiguous(memory_format=torch.channels_last)
+            for _ in range(3)
+        )
+        self.inputs = [x, 0.5 + torch.rand(shape.channels), torch.randn(shape.channels) / 2]
+        self.inputs.append(residual if shape.residual else None)
+        self.grad_y[self.near_zero()] = 0
+
+    def near_zero(self):
+        """Where rounding may decide on which side of the ReLU's jump a value falls: no two arms agree there."""
+        x, weight, bias, residual = (None if t is None else t.double() for t in self.inputs)
+        u = F.batch_norm(x, None, None, weight, bias, training=True)
+        if residual is not None:
+            u += residual
+        return u.abs() < u.abs().max() * {torch.float32: 1e-4, torch.bfloat16: 0.03}[self.inputs[0].dtype]
+
+    def arm(self, function, dtype=None):
+        """{phase: function} of one arm."""
+        inputs = [None if t is None else t.to(dtype or t.dtype, copy=True).requires_grad_() for t in self.inputs]
+        leaves = [tensor for tensor in inputs if tensor is not None]
+        grad_y = self.grad_y.to(dtype or self.grad_y.dtype)
+
+        def step():
+            y = function(*inputs)
+            return y, *torch.autograd.grad(y, leaves, grad_y)
+
+        kept = function(*inputs)
+        return {
+            "forward": lambda: function(*inputs),
+            "backward": lambda: torch.autograd.grad(kept, leaves, grad_y, retain_graph=True),
+            "step": step,
+        }
+
+
+def bench(shape, dtype, bandwidth, repetitions, patience):
+    """Figures of one shape."""
+    torch._dynamo.reset()
+    work = Workload(shape, dtype)
+    functions = dict(zip(ARMS, (fused, plain, torch.compile(plain, dynamic=False)), strict=True))
+    arms = {name: work.arm(function) for name, function in functions.items()}
+    truth = work.arm(plain, torch.float64)["step"]()
+    errors = harness.relative_errors({name: arm["step"] for name, arm in arms.items()}, truth)
+    times, ratios = ({phase: {} for phase in PHASES["eager"]} for _ in range(2))
+    disturbed, quiet = 0, True
+    for name in ("compiled", "eager"):
+        measured = harness.measure(
+            {f"{arm} {phase}": arms[arm][phase] for arm in ("ours", name) for phase in PHASES[name]},
+            repetitions,
+            patience=patience,
+        )
+        for phase in PHASES[name]:
+            times[phase] |= {arm: measured.times[f"{arm} {phase}"] for arm in ("ours", name)}
+            ratios[phase][name] = harness.ratio(times[phase][name], times[phase]["ours"])
+        disturbed, quiet = disturbed + measured.disturbed, quiet and measured.quiet
+    return {
+        "milliseconds": times,
+        "floor_ms": shape.floors(work.grad_y.element_size(), bandwidth),
+        "over": ratios,
+        "peak_MB": {name: harness.peak_memory(arm["step"]) / 1e6 for name, arm in arms.items()},
+        "relative_error": errors,
+        "disturbed": disturbed,
+        "quiet": quiet,
+    }
+
+
+def rows_of(shape, figures):
+    for phase, times in figures["milliseconds"].items():
+        share = figures["floor_ms"][phase] / statistics.median(times["ours"])
+        spreads = (harness.spread(times[name]) if name in times else "" for name in ARMS)
+        ratios = (f"{figures['over'][phase][name]:.2f}" if name in times else "" for name in ARMS[1:])
+        memory = " ".join(f"{peak:.1f}" for peak in figures["peak_MB"].values()) if phase == "step" else ""
+        yield shape, phase, *spreads, *ratios, f"{share:.0%}", memory
+
+
+def run(dtype, repetitions=20, patience=8.0):
+    """Measure all shapes, print the table and the verdicts, write the report."""
+    harness.prepare(threads=2)
+    bandwidth = harness.bandwidth()
+    results = {str(shape): bench(shape, dtype, bandwidth, repetitions, patience) for shape in SHAPES}
+    print(f"\n{harness.machine()}\nbatch_norm_act, {dtype}, batch {BATCH}, milliseconds; peak MB in the order of the arms")
+    print(f"bandwidth read {bandwidth['read']:.1f}, update {bandwidth['update']:.1f} GB/s")
+    quiet = sum(figures["quiet"] for figures in results.values())
+    print(f"{repetitions} repetitions a shape; quiet at {quiet} of {len(results)} shapes")
+    header = ("channels, size", "phase", *ARMS, *(f"over {name}" for name in ARMS[1:]), "of floor", "peak MB")
+    print(harness.table([header, *(row for shape, figures in results.items() for row in rows_of(shape, figures))]))
+
+    means, worst = {}, {}
+    for name, phases in PHASES.items():
+        for phase in phases:
+            ratios = [figures["over"][phase][name] for figures in results.values()]
+            means[f"{phase} over {name}"] = statistics.geometric_mean(ratios)
+            worst[f"{phase} over {name}"] = min(ratios)
+    for name, mean in means.items():
+        print(f"{name}: geometric mean {mean:.2f}, worst {worst[name]:.2f}")
+    beaten = worst["step over eager"] >= 1.0
+    print(f"a step beats eager at every shape: {'yes' if beaten else 'NO'}")
+    for figures in results.values():
+        figures["milliseconds"] = {
+            phase: {name: statistics.median(t) for name, t in times.items()}
+            for phase, times in figures["milliseconds"].items()
+        }
+    harness.report(
+        f"batch_norm_act_{str(dtype).removeprefix('torch.')}",
+        {"bandwidth_GB_s": bandwidth, "geometric_mean": means, "worst": worst, "shapes": results},
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bench_batch_norm_act(dtype):
+    run(dtype)
