@@ -56,7 +56,7 @@ Tensor vector_of(const Values& values, at::ScalarType type) {
 }
 
 Tensor like(const Values& values, const Tensor& parameter) {
-  return vector_of(values, at::kDouble).to(parameter.scalar_type());
+  return vector_of(values, at::kDouble).to(parameter.scalar_type()).view(parameter.sizes());
 }
 
 int64_t padded(const Tensor& x, int64_t channels) {

@@ -46,7 +46,7 @@ void with_elements(const Tensor& tensor, Work&& work) {
 
 Values values_of(const Tensor& vector);
 Tensor vector_of(const Values& values, at::ScalarType type);  // kFloat or kDouble
-Tensor like(const Values& values, const Tensor& parameter);   // a parameter's gradient in its dtype
+Tensor like(const Values& values, const Tensor& parameter);   // a parameter's gradient in its shape and dtype
 
 int64_t padded(const Tensor& x, int64_t channels);
 

@@ -28,17 +28,6 @@ constexpr int panel_vectors = panel<Real> / lanes<Real>;
 template <int vectors>
 constexpr int tile_rows = (vectors == 1 ? 8 : vectors == 4 ? 2 : 4) * (vector_registers / 16);
 
-// Memory that will be read soon, asked for a piece at a time while something else is computed.
-struct Ahead {
-  const char* next;
-  const char* end;
-  int64_t piece;  // bytes
-
-  void fetch() {
-    for (const char* stop = end - next < piece ? end : next + piece; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
-  }
-};
-
 template <int rows, int vectors, int64_t row_step, int64_t term_step, typename Real>
 inline void multiply(Vector<Real> (&sum)[rows][vectors], const Real* k, const Real* b, int64_t terms) {
   for (int64_t term = 0; term < terms; ++term, k += term_step, b += vectors * lanes<Real>) {

@@ -58,6 +58,7 @@ class ForwardUnit {
     for (int64_t row = range.first; row < range.last; row += rows_per_band(layer_)) {
       const int64_t last = smaller(row + rows_per_band(layer_), range.last), pixels = (last - row) * layer_.out_width;
       gather_.rows(row, last, static_cast<const R*>(p_.dw_bias));
+      ahead_ = gather_.ahead(pixels / tile_rows(2) * (blocks_of<R>(outputs) + 1) / 2 + 1);
       if (p_.act_dw != Activation::none) {
         const int64_t vectors = blocks_of<R>(layer_.in_channels) * pixels;
         for (R* at = gather_.band(); at < gather_.band() + vectors * L; at += L) store(at, activate<R>(load(at), p_.act_dw));
@@ -76,17 +77,20 @@ class ForwardUnit {
   }
 
  private:
-  // Sums, clamps and stores the tiles of the product straight from registers.
+  // Sums, clamps and stores the tiles of the product straight from registers. With every tile, a piece of what the next
+  // band reads is asked for.
   void band_in_registers(int64_t pixels, int64_t offset, bool statistics) {
     const int64_t outputs = layer_.out_channels, blocks = outputs / L;
     Storage* z = static_cast<Storage*>(p_.z) + offset;
     R* band_sums = sums_;
+    Ahead* ahead = &ahead_;
     const auto multiply = [&](const auto& done) {
       product(pixels, operands_.by_row(gather_.band(), pixels, layer_.in_channels), pixels * L,
               static_cast<const O*>(p_.pw), layer_.in_channels, outputs, static_cast<const R*>(p_.start), done);
     };
     if (statistics) {
       multiply([=]<int M, int J>(int64_t pixel, int64_t block, const Vector<R>(&values)[M][J]) {
+        ahead->fetch();
 #pragma GCC unroll 2
         for (int j = 0; j < J; ++j) {
           R* of_block = band_sums + (block + j) * L;
@@ -108,6 +112,7 @@ class ForwardUnit {
     const Vector<R> lowest = broadcast(p_.act_pw == Activation::none ? -infinity : R{0});
     const Vector<R> highest = broadcast(p_.act_pw == Activation::relu6 ? R{6} : infinity);
     multiply([=]<int M, int J>(int64_t pixel, int64_t block, const Vector<R>(&values)[M][J]) {
+      ahead->fetch();
 #pragma GCC unroll 2
       for (int j = 0; j < J; ++j) {
 #pragma GCC unroll 16
@@ -150,6 +155,7 @@ class ForwardUnit {
   Gather<Storage> gather_;
   R* out_;
   Operands<Storage> operands_;
+  Ahead ahead_{};
   R* sums_;
 };
 

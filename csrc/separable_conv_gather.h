@@ -41,7 +41,11 @@ class RowRing {
         zeros_(workspace.take<Real>(block_size_)) {}
 
   void clear_borders() {
-    clear(rows_, capacity_ * row_size_);
+    constexpr int64_t L = lanes<Real>;
+    for (Real* block = rows_; block < rows_ + capacity_ * row_size_; block += block_size_) {
+      store(block, Vector<Real>{});
+      store(block + block_size_ - L, Vector<Real>{});
+    }
     clear(zeros_, block_size_);
   }
 
@@ -190,6 +194,16 @@ class Gather {
         }
       }
     }
+  }
+
+  // As much of x as a band reads, from where the last one ended, in `pieces` pieces.
+  Ahead ahead(int64_t pieces) const {
+    if (layer_.window) return {};
+    const int64_t row_bytes = layer_.width * layer_.in_channels * static_cast<int64_t>(sizeof(Storage));
+    const int64_t row = image_ * layer_.height + staged_, all = layer_.batch * layer_.height;
+    const int64_t last = smaller(row + rows_per_band(layer_) * layer_.stride, all);
+    const char* x = static_cast<const char*>(layer_.x);
+    return {x + row * row_bytes, x + last * row_bytes, rounded_up((last - row) * row_bytes / pieces + 1, 64)};
   }
 
   R* band() const { return band_; }

@@ -266,12 +266,25 @@ LayerGradients backward_layer(const LayerInput& input, const Values& x_mean, con
     functions.backward(backward, to, chunks.first(chunk), chunks.first(chunk + 1), workspace(functions.backward_workspace(backward)));
   });
 
-  const Tensor total = partial.sum(0, false, at::kDouble);
+  Values total(dw_size + pw_size, 0.0);
+  with_elements(partial, [&](const auto* from) {
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      for (double& sum : total) sum += static_cast<double>(*from++);
+    }
+  });
   const int64_t lanes = functions.lanes;
-  result.dw = total.narrow(0, 0, dw_size).view({-1, 9, lanes}).transpose(1, 2).reshape({-1, 9}).narrow(0, 0, inputs);
-  result.pw = total.narrow(0, dw_size, pw_size).view({padded(x, outputs), padded(x, inputs)}).narrow(0, 0, outputs).narrow(1, 0, inputs);
-  if (weights.dw) result.dw = result.dw.reshape(weights.dw->sizes()).to(weights.dw->scalar_type()).contiguous();
-  result.pw = result.pw.reshape(weights.pw.sizes()).to(weights.pw.scalar_type()).contiguous();
+  if (weights.dw) {
+    Values grad(inputs * 9);
+    for (int64_t c = 0; c < inputs; ++c) {
+      for (int64_t tap = 0; tap < 9; ++tap) grad[c * 9 + tap] = total[(c / lanes * 9 + tap) * lanes + c % lanes];
+    }
+    result.dw = like(grad, *weights.dw);
+  }
+  Values grad(outputs * inputs);
+  for (int64_t output = 0; output < outputs; ++output) {
+    for (int64_t c = 0; c < inputs; ++c) grad[output * inputs + c] = total[dw_size + output * padded(x, inputs) + c];
+  }
+  result.pw = like(grad, weights.pw);
   if (input.transform) {
     result.sums.assign(inputs, 0.0);
     result.products.assign(inputs, 0.0);

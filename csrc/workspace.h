@@ -22,6 +22,17 @@ struct Workspace {
   }
 };
 
+// Memory that will be read soon, asked for a piece at a time while something else is computed.
+struct Ahead {
+  const char* next;
+  const char* end;
+  int64_t piece;  // bytes
+
+  void fetch() {
+    for (const char* stop = end - next < piece ? end : next + piece; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 template <typename Real>
 inline void clear(Real* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = 0;
