@@ -57,7 +57,8 @@ void finish_row(const Backward& p, int64_t image, int64_t row, int64_t channel, 
       const Storage* y = static_cast<const Storage*>(p.skip_y) + offset;
       for (int64_t column = 0; column < width; ++column) {
         const int64_t at = column * channels;
-        const Vector<R> let_through = of_block.read(y + at) <= 0 ? Vector<R>{} : of_block.read(skip + at);
+        const Vector<R> grad = loaded(of_block.read(skip + at));
+        const Vector<R> let_through = of_block.read(y + at) <= 0 ? Vector<R>{} : grad;
         of_block.write(to + at, load(from + column * L) + let_through);
       }
     } else if (p.pooled_grad) {
