@@ -46,12 +46,16 @@ void finish_row(const Backward& p, int64_t image, int64_t row, int64_t channel, 
     if (layer.in_scale) {  // x is relu(in_scale * raw + in_shift)
       const Storage* raw = static_cast<const Storage*>(layer.x) + offset;
       const Vector<R> mean = at_channel<R>(p.in_mean, channel);
+      Vector<R> row_sum{}, row_product{};
       for (int64_t column = 0; column < width; ++column) {
-        const Vector<R> grad = load(x + column * L) <= 0 ? Vector<R>{} : load(from + column * L);
-        sum += grad;
-        product += grad * (of_block.read(raw + column * channels) - mean);
+        const Vector<R> unmasked = loaded(load(from + column * L));
+        const Vector<R> grad = load(x + column * L) <= 0 ? Vector<R>{} : unmasked;
+        row_sum += grad;
+        row_product += grad * (of_block.read(raw + column * channels) - mean);
         of_block.write(to + column * channels, grad);
       }
+      sum += row_sum;
+      product += row_product;
     } else if (p.skip_grad) {
       const Storage* skip = static_cast<const Storage*>(p.skip_grad) + offset;
       const Storage* y = static_cast<const Storage*>(p.skip_y) + offset;
