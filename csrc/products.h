@@ -128,6 +128,13 @@ inline void product_rows(int64_t row, int64_t rows, const Operand* left, int64_t
   if constexpr (M > 1) product_rows<M / 2, J>(row, rows, left, block_size, right, inputs, start, block, done);
 }
 
+// How often `product` calls done, at least.
+template <typename Real>
+inline int64_t tiles_of(int64_t rows, int64_t outputs) {
+  const int64_t blocks = blocks_of<Real>(outputs);
+  return larger(blocks / 2 * (rows / tile_rows(2)) + blocks % 2 * (rows / tile_rows(1)), 1);
+}
+
 // start + left * right for a blocked `left` of `rows` rows, whose blocks are block_size elements apart, a packed `right`
 // and a padded `start`. done(row, block, sums[M][J]) receives the rows from `row` on of J blocks from `block` on.
 template <typename Operand, typename Done>

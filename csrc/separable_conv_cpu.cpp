@@ -58,7 +58,7 @@ class ForwardUnit {
     for (int64_t row = range.first; row < range.last; row += rows_per_band(layer_)) {
       const int64_t last = smaller(row + rows_per_band(layer_), range.last), pixels = (last - row) * layer_.out_width;
       gather_.rows(row, last, static_cast<const R*>(p_.dw_bias));
-      ahead_ = gather_.ahead(pixels / tile_rows(2) * (blocks_of<R>(outputs) + 1) / 2 + 1);
+      ahead_ = gather_.ahead(tiles_of<R>(pixels, outputs));
       if (p_.act_dw != Activation::none) {
         const int64_t vectors = blocks_of<R>(layer_.in_channels) * pixels;
         for (R* at = gather_.band(); at < gather_.band() + vectors * L; at += L) store(at, activate<R>(load(at), p_.act_dw));

@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin slow other processes down, and tests with them
+
 import pytest
 import torch
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from cases import FLOATING, IMPLEMENTATIONS, LAYOUTS, assert_accurate, use_implementation
-from odn_fast import _extension
 from odn_fast.ops import TeacherStatistics, channel_attention, channel_attention_loss, teacher_statistics
 from odn_fast.reference import channel_attention as reference
 

@@ -26,7 +26,6 @@ from cases import (
     upstream_gradient,
     use_implementation,
 )
-from odn_fast import _extension
 from odn_fast.ops import separable_conv_train
 from odn_fast.reference import separable_conv as reference
 
