@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_backward(
   const Tensor y = y_any_strides ? dense(*y_any_strides) : Tensor();
   OutputGradient gradient{dense_as(grad_y, x), y.defined() ? &y : nullptr, relu};
   const Affine norm = affine(z_mean, var, bn_weight, bn_bias, eps);
-  Tensor grad_residual = y.defined() ? at::empty_like(z) : at::empty({0}, x.options());
+  Tensor grad_residual = y.defined() ? empty_map(x, shape) : at::empty({0}, x.options());
   const GradientSums sums = reduce(gradient, z, values_of(z_mean), norm, nullptr, {}, y.defined() ? &grad_residual : nullptr);
   if (y.defined()) gradient = {grad_residual, nullptr, false};  // masked already
   const NormGradient of_norm =

@@ -286,15 +286,10 @@ LayerGradients backward_layer(const LayerInput& input, const Values& x_mean, con
   }
   result.pw = like(grad, weights.pw);
   if (input.transform) {
-    result.sums.assign(inputs, 0.0);
-    result.products.assign(inputs, 0.0);
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const double* of_chunk = sums.data() + chunk * 2 * padded(x, inputs);
-      for (int64_t c = 0; c < inputs; ++c) {
-        result.sums[c] += of_chunk[c];
-        result.products[c] += of_chunk[padded(x, inputs) + c];
-      }
-    }
+    const int64_t stride = padded(x, inputs);
+    const Values of_inputs = added(sums, 2 * stride);
+    result.sums.assign(&of_inputs[0], &of_inputs[0] + inputs);
+    result.products.assign(&of_inputs[stride], &of_inputs[stride] + inputs);
   }
   return result;
 }
