@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from odn_fast.ops._library import define, library
+from odn_fast.ops._library import define, library, refuse_second_derivative
 from odn_fast.reference import channel_attention as reference
 from odn_fast.reference.channel_attention import TeacherStatistics
 
@@ -139,7 +139,7 @@ class _ChannelAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _refuse_second_derivative("channel_attention")
+        refuse_second_derivative("channel_attention")
         student, teacher = ctx.saved_tensors
         return _channel_attention_backward(grad, student, teacher, ctx.standardize), None, None
 
@@ -159,7 +159,7 @@ class _ChannelAttentionLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        _refuse_second_derivative("channel_attention_loss")
+        refuse_second_derivative("channel_attention_loss")
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError(
@@ -168,11 +168,6 @@ class _ChannelAttentionLoss(torch.autograd.Function):
         if not (type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1):
             gradient = _channel_attention_loss_backward(grad_loss, gradient)
         return gradient, None, None, None, None, None
-
-
-def _refuse_second_derivative(op):
-    if torch.is_grad_enabled():  # create_graph=True: a second backward would silently miss terms
-        raise RuntimeError(f"{op} can be differentiated only once, so create_graph=True is not supported")
 
 
 def _autograd_loss(student, teacher, mean, std, gram, standardize, with_gradient):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from odn_fast.ops._library import define, library
+from odn_fast.ops._library import define, library, refuse_second_derivative
 from odn_fast.reference import exit_heads as reference
 
 
@@ -94,8 +94,7 @@ class _ExitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
-        if torch.is_grad_enabled():  # create_graph=True: a second backward would silently miss terms
-            raise RuntimeError("exit_heads can be differentiated only once, so create_graph=True is not supported")
+        refuse_second_derivative("exit_heads")
         pooled, logit_gradients, *weights = ctx.saved_tensors
         positions = [height * width for _, _, height, width in ctx.feature_shapes]
         pooled_gradients, weight_gradients, bias_gradients = _exit_heads_backward(
