@@ -228,17 +228,10 @@ def run(dtype, repetitions=15, patience=8.0):
         verdict = f", reach {reach}: {'met' if mean >= reach else 'MISSED'}" if reach else ""
         print(f"{name} over the fastest baseline, geometric mean: {mean:.2f}{verdict}")
     print(f"worst shape: {worst:.2f}, reach 1.0: {'met' if worst >= 1.0 else 'MISSED'}")
-    restless = [name for name, figures in results.items() if not figures["quiet"]]
-    print(f"disturbed throughout, so not to be judged: {'; '.join(restless) or 'none'}")
-    for figures in results.values():
-        figures["milliseconds"] = {
-            phase: {name: statistics.median(t) for name, t in times.items()}
-            for phase, times in figures["milliseconds"].items()
-        }
     harness.report(
         f"separable_conv_{str(dtype).removeprefix('torch.')}",
         {
-            "quiet": not restless,
+            "quiet": harness.settle(results),
             "peak_GFLOP_s": peak,
             "bandwidth_GB_s": bandwidth,
             "geometric_mean_over_fastest": means,

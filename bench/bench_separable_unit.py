@@ -183,17 +183,10 @@ def run(dtype, repetitions=15, patience=10.0):
     mean = statistics.geometric_mean(ratios)
     verdict = f", reach {REACH}: {'met' if mean >= REACH else 'MISSED'}" if dtype == torch.float32 else ""
     print(f"step over the fastest baseline, geometric mean: {mean:.2f}, worst {min(ratios):.2f}{verdict}")
-    restless = [name for name, figures in results.items() if not figures["quiet"]]
-    print(f"disturbed throughout, so not to be judged: {'; '.join(restless) or 'none'}")
-    for figures in results.values():
-        figures["milliseconds"] = {
-            phase: {name: statistics.median(t) for name, t in times.items()}
-            for phase, times in figures["milliseconds"].items()
-        }
     harness.report(
         f"separable_unit_{str(dtype).removeprefix('torch.')}",
         {
-            "quiet": not restless,
+            "quiet": harness.settle(results),
             "peak_GFLOP_s": peak,
             "bandwidth_GB_s": bandwidth,
             "geometric_mean_over_fastest": mean,

@@ -131,6 +131,21 @@ def relative_errors(
     return errors
 
 
+def settle(results: dict[str, dict]) -> bool:
+    """Name the shapes that were never measured at rest, put medians in place of all times; whether there is none.
+
+    results: figures by shape, of which "quiet" is a bool and "milliseconds" {phase: {arm: times}}.
+    """
+    restless = [name for name, figures in results.items() if not figures["quiet"]]
+    print(f"disturbed throughout, so not to be judged: {'; '.join(restless) or 'none'}")
+    for figures in results.values():
+        figures["milliseconds"] = {
+            phase: {name: statistics.median(t) for name, t in times.items()}
+            for phase, times in figures["milliseconds"].items()
+        }
+    return not restless
+
+
 def spread(times: Sequence[float]) -> str:
     """Median and quartiles, as `1.23 (1.20-1.31)`."""
     low, middle, high = statistics.quantiles(times, n=4)
