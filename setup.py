@@ -11,7 +11,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -49,6 +49,9 @@ if reason:
     print(f"odn_fast: the C++ extension is NOT built ({reason}); CPU ops will be slower", file=sys.stderr)
 
 setup(
+    packages=[*find_packages(include=["odn_fast*"]), "odn_fast.kernels"],
+    package_dir={"odn_fast.kernels": "kernels"},
+    package_data={"odn_fast.kernels": ["tuned/*.json"]},
     ext_modules=[] if reason else [Extension("odn_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -5,6 +5,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; the kernels then run on CPU tensors
+
 
 @pytest.fixture(autouse=True)
 def two_threads_and_a_seed():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "kernels": 0, "odn_fast._extension": 0, "odn_fast.reference": 0, "odn_fast.config": 0, "odn_fast.record": 0,
+    "kernels": 0, "odn_fast.kernels": 0, "odn_fast._extension": 0, "odn_fast.reference": 0, "odn_fast.config": 0, "odn_fast.record": 0,
     "odn_fast.machine": 0, "odn_fast.ops": 1, "odn_fast.nn": 2, "odn_fast.fuse": 2, "odn_fast.models": 3, "odn_fast.data": 3,
     "odn_fast.engine": 4, "odn_fast.search": 5, "odn_fast.export": 5, "odn_fast.report": 5, "odn_fast._report_page": 5,
     "odn_fast._report_plots": 5, "odn_fast.predict": 5, "odn_fast.doctor": 5,

@@ -1,0 +1,208 @@
+"""What the Triton kernels share: the one way to launch, compiling without a GPU, and device functions.
+
+Kernels are written for Triton 3.6 to 3.9. Two rules keep compilation away from a growing network: integers are never
+specialised (`@jit` below), and a launcher hands over only dense, 16-byte aligned tensors (`dense`), so a kernel has one
+variant per combination of dtypes and compile-time constants.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+INTERPRETED = triton.knobs.runtime.interpret  # under TRITON_INTERPRET=1, read when Triton is first imported
+OLDEST_CAPABILITY = (8, 0)
+LARGEST = 2**31 - 1  # kernels index with 32 bits
+
+_interpreted = tl.constexpr(INTERPRETED)
+
+
+def jit(function):
+    """`triton.jit` that specialises no integer: every parameter without a default that is no constexpr or pointer.
+
+    A pointer's name ends in `_ptr`.
+    """
+    parameters = [name for name, note in function.__annotations__.items() if note is tl.constexpr]
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    run_time = [name for name in names if name not in parameters and not name.endswith("_ptr")]
+    return triton.jit(function, do_not_specialize=run_time)
+
+
+# ---- launching
+
+
+_variants: dict = {}  # compiled kernels, by what they were compiled for
+_recorded: list | None = None  # compiled kernels since `compiling` began
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int, num_stages: int = 1, **constants) -> None:
+    """Run `kernel` on the current stream of the tensors' device.
+
+    arguments: tensors (or None), integers and floats, as the kernel takes them; constants: its constexprs, in the
+    kernel's order, after them. A second launch of a variant goes past Triton's binder, which takes longer than most of
+    these kernels.
+    """
+    if 0 in grid:
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if _recorded is not None:
+        _recorded.append(kernel.warmup(*arguments, **constants, grid=grid, **options))
+        return
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
+    dtypes = [x.dtype if isinstance(x, Tensor) else x is None for x in arguments]
+    key = (kernel, torch.cuda.current_device(), num_warps, num_stages, *constants.values(), *dtypes)
+    compiled = _variants.get(key)
+    if compiled is None:
+        _variants[key] = kernel[grid](*arguments, **constants, **options)
+    else:
+        compiled[grid + (1,) * (3 - len(grid))](*arguments, *constants.values())
+
+
+@contextlib.contextmanager
+def compiling(capability: int, warp_size: int = 32) -> Iterator[list]:
+    """Compile for a GPU that is not there: inside, launches run nothing and their compiled kernels fill the list.
+
+    capability: 80, 90 or 100. Launchers take meta tensors. Not in an interpreted process; nothing can be launched in
+    this process afterwards.
+    """
+    global _recorded
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, warp_size)
+
+        def get_current_device(self):
+            return capability  # a cache of its own for every target
+
+        def get_current_stream(self, device):
+            return 0
+
+    _recorded = []
+    triton.runtime.driver.set_active(Driver())
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's device: what a persistent grid is a multiple of."""
+    if tensor.device.type == "cuda":
+        return _processors(tensor.device.index)
+    return 2 if INTERPRETED else 132
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """As the tables of block sizes name it; that of an H200 where there is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "NVIDIA H200"
+
+
+# ---- what a launcher can take
+
+
+def why_not(**tensors: Tensor | None) -> list[str]:
+    """Reasons why no Triton kernel takes these tensors; [] if they are fine."""
+    reasons = []
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            reasons.append(f"{name} is {tensor.dtype}; the Triton kernels take torch.float32 and torch.bfloat16")
+        if tensor.numel() > LARGEST:
+            reasons.append(f"{name} has {tensor.numel()} elements; the Triton kernels index at most {LARGEST}")
+    first = next(iter(tensors.values()))
+    if first.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(first.device)
+        if capability < OLDEST_CAPABILITY:
+            reasons.append(f"{device_name(first.device)} has compute capability {capability}, expected at least 8.0")
+    elif not INTERPRETED:
+        reasons.append(f"tensors are on {first.device}, expected a CUDA device")
+    return reasons
+
+
+def dense(x: Tensor) -> Tensor:
+    """A map as channels_last, a vector or matrix as contiguous, 16-byte aligned: itself, or a copy."""
+    memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    if not is_dense(x):
+        return torch.empty_like(x, memory_format=memory_format).copy_(x)
+    return x
+
+
+def is_dense(x: Tensor) -> bool:
+    memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    # Where an extent is 1, a stride that PyTorch calls channels_last may be any number; the kernels compute their own.
+    return x.is_contiguous(memory_format=memory_format) and (x.is_meta or x.data_ptr() % 16 == 0)
+
+
+def dot_dtype(dtype: torch.dtype):
+    """What products of maps of `dtype` are computed in. The interpreter's bfloat16 arithmetic is wrong."""
+    return tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32
+
+
+_COUNTERS = 1 << 16
+_counters: dict = {}
+
+
+def counter(tensor: Tensor) -> Tensor:
+    """A zeroed int32 for `is_last`, which leaves it zeroed. Launches in flight together get different ones.
+
+    Raises RuntimeError when first called while a CUDA graph is being captured.
+    """
+    device = tensor.device
+    if tensor.is_meta:
+        return tensor.new_empty(4, dtype=torch.int32)
+    if device not in _counters:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("run the network once before its CUDA graph is captured: kernels allocate on first use")
+        _counters[device] = [torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device), 0]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other streams use it too
+    rows, next_row = _counters[device]
+    _counters[device][1] = (next_row + 1) % _COUNTERS
+    return rows[next_row]
+
+
+# ---- device functions
+
+
+@triton.jit
+def rounded(v, dtype: tl.constexpr):
+    """fp32 values as `dtype`, to nearest even. The interpreter alone would truncate to bfloat16."""
+    if _interpreted and dtype == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        v = tl.where(v == v, nearest.to(tl.float32, bitcast=True), v)
+    return v.to(dtype)
+
+
+@triton.jit
+def relu(v):
+    """NaN stays NaN, as in PyTorch."""
+    return tl.where(v < 0, 0.0, v)
+
+
+@triton.jit
+def is_last(counter_ptr, programs):
+    """Whether all other programs of this launch have called this: they have, and what they stored can be loaded.
+
+    Loads of it need cache_modifier=".cg". Resets the counter for the next launch.
+    """
+    tl.debug_barrier()
+    done = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    last = done == programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last

@@ -1,0 +1,121 @@
+"""Which kernel answers an op on a CUDA device.
+
+Every op has one list of implementations, best first. Each says why it cannot take given arguments; the first that can
+runs, and the reference always can. `using` forces one by name.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from odn_fast.ops._library import library, references, without_autocast
+
+NAMES = ("cuda", "triton", "reference")
+_forced: str | None = None
+
+
+class CannotRun(RuntimeError):
+    """The implementation asked for cannot take these arguments."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """name: one of NAMES; run: takes the op's arguments; why_not: takes them too, and returns reasons, [] if it can."""
+
+    name: str
+    run: Callable
+    why_not: Callable[..., list[str]]
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """Inside the block, ops on CUDA tensors run on the implementation `name`: "cuda", "triton" or "reference".
+
+    Process-wide, so that backward passes, which run on threads of their own, follow. Ops called inside raise
+    CannotRun, a RuntimeError, with all reasons where that implementation cannot take the arguments. CPU tensors are
+    not concerned.
+
+    Raises ValueError for any other name.
+    """
+    global _forced
+    if name not in NAMES:
+        raise ValueError(f"using: implementation is {name!r}, expected one of {', '.join(NAMES)}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def triton(module: str, function: str) -> Implementation:
+    """The launcher `odn_fast.kernels.<module>.<function>`, imported when first asked for.
+
+    Its reasons are those of `why_not` in that module, called as why_not(function, *arguments).
+    """
+
+    @functools.cache
+    def kernels():
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return None
+        return importlib.import_module(f"odn_fast.kernels.{module}")
+
+    def why_not(*args):
+        if kernels() is None:
+            return ["Triton is not installed; get it with: pip install triton"]
+        return kernels().why_not(function, *args)
+
+    return Implementation("triton", lambda *args: getattr(kernels(), function)(*args), why_not)
+
+
+def reasons(op: str, *args) -> dict[str, list[str]]:
+    """Why each implementation of a dispatcher op (`torch.ops.odn_fast.<op>`) would not run on these arguments.
+
+    The first with an empty list answers.
+    """
+    return {implementation.name: implementation.why_not(*args) for implementation in _implementations[op]}
+
+
+_implementations: dict[str, list[Implementation]] = {}
+
+
+def register_cuda(op: str, implementations: Sequence[Implementation]) -> None:
+    """Put the chooser among `implementations`, best first, and the reference on the op's CUDA key."""
+    reference = Implementation("reference", without_autocast(references[op]), lambda *args: [])
+    _implementations[op] = candidates = [*implementations, reference]
+
+    def run(*args):
+        device = next(device_of(args))
+        implementation = chosen(op, candidates, args)
+        with torch.cuda.device(device):
+            return implementation.run(*args)
+
+    library.impl(op, run, "CUDA")
+
+
+def chosen(op: str, candidates: Sequence[Implementation], args: tuple) -> Implementation:
+    """The first candidate that can run, or the forced one."""
+    for implementation in candidates:
+        if _forced not in (None, implementation.name):
+            continue
+        why_not = implementation.why_not(*args)
+        if not why_not:
+            return implementation
+        if _forced:
+            raise CannotRun(f"{op}: {_forced} was asked for and cannot run: {'; '.join(why_not)}")
+    raise CannotRun(
+        f"{op}: {_forced} was asked for and there is none; there are {', '.join(c.name for c in candidates)}"
+    )
+
+
+def device_of(args) -> Iterator[torch.device]:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg.device
+        elif isinstance(arg, (list, tuple)):
+            yield from device_of(arg)
