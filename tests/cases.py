@@ -2,18 +2,23 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from odn_fast import _extension
+from odn_fast.ops import _choose
 from odn_fast.ops._library import references, without_autocast
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float64)
-IMPLEMENTATIONS = ("reference", *_extension.instruction_sets())
+GPU = ("triton", "cuda")  # of _choose.NAMES, tested on CUDA tensors
+ON_GPU = tuple(pytest.param(name, marks=pytest.mark.gpu) for name in GPU if torch.cuda.is_available())
+ON_CPU = ("reference", *_extension.instruction_sets())
+IMPLEMENTATIONS = (*ON_CPU, *ON_GPU)
 
 # of separable convolutions, by name: N, C_in, C_out, H, W
 SEPARABLE_SHAPES = {
@@ -70,10 +75,14 @@ def has_kernel(op: str) -> bool:
 
 @contextmanager
 def use_implementation(name: str, reference: ModuleType) -> Iterator[None]:
-    """Run an op's CPU calls on one of IMPLEMENTATIONS.
+    """Run an op's calls on one of IMPLEMENTATIONS, those of GPU on tensors that are on the GPU unless told otherwise.
 
     reference: the module odn_fast.reference.<stem>; it holds the references of the ops meant.
     """
+    if name in GPU:
+        with _on_gpu(name, reference):
+            yield
+        return
     if name != "reference":
         with _extension.use_instruction_set(name):
             yield
@@ -84,6 +93,32 @@ def use_implementation(name: str, reference: ModuleType) -> Iterator[None]:
             if function.__module__ == reference.__name__:
                 library.impl(name, without_autocast(function), "CPU")
         yield
+
+
+@contextmanager
+def _on_gpu(name: str, reference: ModuleType) -> Iterator[None]:
+    """Tensors are made on the GPU, and PyTorch's own layers compute there in the dtype they are given."""
+    ops = [op for op, function in references.items() if function.__module__ == reference.__name__]
+    if not any(name == implementation.name for op in ops for implementation in _choose._implementations.get(op, ())):
+        pytest.skip(f"{reference.__name__.rpartition('.')[2]} has no implementation {name}")
+    with ExitStack() as stack:
+        # cuDNN may compute a convolution by transforms, whose NaN spreads and whose rounding is another.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "(?s).*deterministic")  # what PyTorch's own layers are need not be
+        stack.enter_context(torch.device("cuda"))
+        stack.enter_context(_choose.using(name))
+        yield
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """Of the device on which tensors are made."""
+    return torch.autocast(torch.get_default_device().type, dtype=dtype)
+
+
+def names_device(message: str) -> str:
+    """What a CPU op says, as said of the device on which tensors are made."""
+    return message.replace("expected cpu", f"expected {torch.get_default_device()}")
 
 
 def assert_accurate(

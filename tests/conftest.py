@@ -8,6 +8,28 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; the kernels then run on CPU tensors
 
+from odn_fast.ops._choose import CannotRun
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of Triton kernels are GPU tests where there is one, and run interpreted elsewhere."""
+    for item in items:
+        if torch.cuda.is_available():
+            if item.path.stem.endswith("_triton"):
+                item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and PyTorch sees none here"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """What an implementation of a GPU cannot take is skipped with its reasons."""
+    try:
+        return (yield)
+    except CannotRun as error:
+        pytest.skip(str(error))
+
 
 @pytest.fixture(autouse=True)
 def two_threads_and_a_seed():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cases import IMPLEMENTATIONS, use_implementation
+from cases import IMPLEMENTATIONS, ON_CPU, autocast, use_implementation
 from odn_fast.nn import ChannelAttentionLoss, ResidualSeparableUnit, SeparableConvBNReLU
 from odn_fast.ops import channel_attention, teacher_statistics
 from odn_fast.reference import channel_attention as channel_attention_reference
@@ -184,8 +184,7 @@ def test_one_value_per_channel_raises_in_training():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["conv_stride", "unit_identity", "unit_stride_2"])
 def test_precisions_run_and_stay_near(name, dtype):
-    ours, _, inputs = twins(name)
-    exact = copy.deepcopy(ours)
+    ours, exact, inputs = twins(name)
     ours.to(dtype)
     y, truth = ours(inputs[0].to(dtype)), exact(inputs[0])
     assert y.dtype == dtype and (y - truth).norm() <= 20 * torch.finfo(dtype).eps * truth.norm()
@@ -198,7 +197,7 @@ def test_precisions_run_and_stay_near(name, dtype):
 @pytest.mark.parametrize("name", ["conv", "unit_stride_2"])
 def test_autocast(name):
     ours, _, inputs = twins(name, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(torch.bfloat16):
         y = ours(inputs[0])
         y.sum().backward()
         with torch.no_grad():
@@ -208,7 +207,7 @@ def test_autocast(name):
     assert all(buffer.dtype in (torch.float32, torch.int64) for buffer in ours.buffers())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:2], indirect=True)
+@pytest.mark.parametrize("implementation", ON_CPU[:2], indirect=True)
 @pytest.mark.parametrize("name", ["conv_stride", "unit_stride_2"])
 def test_compiles_in_one_graph(name):
     ours, plain, inputs = twins(name)
