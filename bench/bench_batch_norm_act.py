@@ -1,6 +1,6 @@
 """Training batch norm, residual and ReLU at the shapes of ResNet-18 on 28x28 images, batch 128, channels_last.
 
-    pytest bench/bench_batch_norm_act.py -s
+    pytest bench/bench_batch_norm_act.py -s             # -m gpu, or -m "not gpu", for one device alone
 
 Baselines are eager PyTorch, F.batch_norm with the addition and the ReLU in place, and torch.compile of the same
 (inductor, one graph per shape), which is so much slower that it is measured with ours alone, not to keep eager's
@@ -18,8 +18,12 @@ this sweeps seven. At 512 channels of 4x4 eager was 4 to 7 % faster in two runs 
 
 Before anything is timed, each arm's results and gradients are compared with float64; the upstream gradient is zero
 where rounding decides on which side of the ReLU's jump a value falls.
+
+On a GPU (harness_cuda) the widths of ResNet-50 on 32x32 images come in as well, PyTorch has NCHW for one more arm,
+bfloat16 is judged, and float32 is measured without torch.compile.
 """
 
+import functools
 import statistics
 from dataclasses import dataclass
 
@@ -28,10 +32,12 @@ import torch
 import torch.nn.functional as F
 
 import harness
+import harness_cuda
 from odn_fast.ops import batch_norm_act
 
 ARMS = ("ours", "eager", "compiled")
 PHASES = {"eager": ("forward", "backward", "step"), "compiled": ("forward", "step")}
+REACH_CUDA = [harness_cuda.Reach("step", "compiled", 1.2), harness_cuda.Reach("step", "floor", 0.6)]
 BATCH = 128
 
 
@@ -46,16 +52,26 @@ class Shape:
 
     def floors(self, element_size, bandwidth):
         """Milliseconds of each phase at `bandwidth` in GB/s."""
-        milliseconds = 1e-6 * BATCH * self.channels * self.size**2 * element_size / max(bandwidth.values())
+        return {
+            phase: 1e-6 * count * element_size / max(bandwidth.values()) for phase, count in self.elements().items()
+        }
+
+    def elements(self):
+        """Elements of maps that each phase reads or writes at least."""
         forward, backward = (4, 7) if self.residual else (3, 5)
         passes = {"forward": forward, "backward": backward, "step": forward + backward}
-        return {phase: count * milliseconds for phase, count in passes.items()}
+        return {phase: count * BATCH * self.channels * self.size**2 for phase, count in passes.items()}
 
 
 SHAPES = [
     Shape(channels, size, residual)
     for residual in (False, True)
     for channels, size in ((64, 28), (128, 14), (256, 7), (512, 4))
+]
+SHAPES_CUDA = [
+    *SHAPES,
+    Shape(64, 32, False),
+    *(Shape(channels, size, True) for channels, size in ((256, 32), (512, 16), (1024, 8), (2048, 4))),
 ]
 
 
@@ -93,20 +109,25 @@ class Workload:
             u += residual
         return u.abs() < u.abs().max() * {torch.float32: 1e-4, torch.bfloat16: 0.03}[self.inputs[0].dtype]
 
-    def arm(self, function, dtype=None):
-        """{phase: function} of one arm."""
-        inputs = [None if t is None else t.to(dtype or t.dtype, copy=True).requires_grad_() for t in self.inputs]
+    def arm(self, function, dtype=None, memory_format=torch.channels_last):
+        """{phase: function} of one arm, in its memory format."""
+
+        def own(tensor):
+            layout = {"memory_format": memory_format} if tensor.dim() == 4 else {}
+            return tensor.to(dtype or tensor.dtype, **layout, copy=True)
+
+        inputs = [None if t is None else own(t).requires_grad_() for t in self.inputs]
         leaves = [tensor for tensor in inputs if tensor is not None]
-        grad_y = self.grad_y.to(dtype or self.grad_y.dtype)
+        grad_y = own(self.grad_y)
 
         def step():
             y = function(*inputs)
             return y, *torch.autograd.grad(y, leaves, grad_y)
 
-        kept = function(*inputs)
+        kept = functools.cache(lambda: function(*inputs))
         return {
             "forward": lambda: function(*inputs),
-            "backward": lambda: torch.autograd.grad(kept, leaves, grad_y, retain_graph=True),
+            "backward": lambda: torch.autograd.grad(kept(), leaves, grad_y, retain_graph=True),
             "step": step,
         }
 
@@ -187,3 +208,33 @@ def run(dtype, repetitions=20, patience=8.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bench_batch_norm_act(dtype):
     run(dtype)
+
+
+def cuda_case(shape, dtype):
+    """One shape on the GPU, where a backward pass of a forward pass outside its graph cannot be captured."""
+    with torch.device("cuda"):
+        work = Workload(shape, dtype)
+
+    def arm(function, *settings):
+        return {phase: function for phase, function in work.arm(function, *settings).items() if phase != "backward"}
+
+    arms = {"eager NCHW": arm(plain, None, torch.contiguous_format), "eager channels_last": arm(plain)}
+    if dtype == torch.bfloat16:
+        torch._dynamo.reset()
+        arms["compiled"] = arm(torch.compile(plain, dynamic=False))
+    return harness_cuda.Case(
+        str(shape),
+        harness_cuda.ours(arm(fused)) | arms,
+        {"step": arm(plain, torch.float64)["step"]},
+        {phase: count * work.grad_y.element_size() for phase, count in shape.elements().items()},
+    )
+
+
+def cuda_cases(dtype):
+    return [functools.partial(cuda_case, shape, dtype) for shape in SHAPES_CUDA]
+
+
+@harness_cuda.needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_bench_batch_norm_act_cuda(dtype):
+    harness_cuda.run("batch_norm_act", dtype, cuda_cases(dtype), REACH_CUDA if dtype == torch.bfloat16 else [])

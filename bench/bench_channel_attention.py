@@ -1,6 +1,6 @@
 """Channel attention loss: forward, backward and a full step at the shapes of a ResNet-56 teacher and a wide one.
 
-    pytest bench/bench_channel_attention.py -s
+    pytest bench/bench_channel_attention.py -s          # -m gpu, or -m "not gpu", for one device alone
 
 A step is the loss and the student's gradient. Baselines are PyTorch's own functions on NCHW and on channels_last maps,
 and torch.compile (inductor) of the same on channels_last; ours is on channels_last, with and without the teacher's
@@ -10,8 +10,11 @@ every arm are compared with float64 before anything is timed.
 
 The floor is the larger of two: two products of the maps (of the four that PyTorch takes; a cached Gram matrix spares the
 others) at the fastest measured rate, and reading both maps and writing the gradient once at the measured bandwidth.
+
+On a GPU (harness_cuda) bfloat16 is judged, and float32 is measured without torch.compile.
 """
 
+import functools
 import math
 import statistics
 
@@ -20,11 +23,13 @@ import torch
 import torch.nn.functional as F
 
 import harness
+import harness_cuda
 from odn_fast.ops import channel_attention_loss, teacher_statistics
 
 SHAPES = [(128, 16, 16, 32), (128, 32, 32, 16), (128, 64, 64, 8), (128, 16, 64, 8), (32, 256, 512, 14)]  # N, C_s, C_t, H = W
 BASELINES = ("eager nchw", "eager channels_last", "compiled")
 REACH = {"fastest": 2.2, "eager": 3.0, "fastest, cached": 3.5}  # geometric means of steps
+REACH_CUDA = [harness_cuda.Reach("step", "fastest", 5.0), harness_cuda.Reach("step", "floor", 0.6)]
 
 
 def unfused(student, teacher):
@@ -45,7 +50,7 @@ class Workload:
         maps = [torch.randn(batch, c, size, size).relu_().to(dtype) for c in (student_channels, teacher_channels)]
         channels_last = [x.contiguous(memory_format=torch.channels_last) for x in maps]
         known = teacher_statistics(channels_last[1])
-        compiled = torch.compile(unfused)
+        compiled = torch.compile(unfused, dynamic=False)
         functions = {
             "eager nchw": (unfused, maps),
             "eager channels_last": (unfused, channels_last),
@@ -72,14 +77,18 @@ class Workload:
         """The forward call of a step."""
         return self.losses[name][1]()
 
-    def errors(self):
-        """Largest relative error of loss and gradient against float64, by arm."""
+    def truth(self):
+        """Loss and gradient in float64."""
         student, teacher = (x.double() for x in self.maps)
         student.requires_grad_()
         q, k = student.flatten(2), teacher.flatten(2)
         query, key = ((x - x.mean(2, keepdim=True)) / (x.std(2, correction=0, keepdim=True) + 1e-3) for x in (q, k))
         loss = F.mse_loss(torch.softmax(query @ key.mT / math.sqrt(q.shape[2]), 2) @ k, q)
-        (true,) = torch.autograd.grad(loss, student)
+        return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+    def errors(self):
+        """Largest relative error of loss and gradient against float64, by arm."""
+        loss, true = self.truth()
         return {
             name: max(
                 abs(self.forward(name).item() / loss.item() - 1),
@@ -92,8 +101,12 @@ class Workload:
         """Milliseconds."""
         batch, student_channels, teacher_channels, size = self.shape
         product = 2 * batch * student_channels * teacher_channels * size**2 / 1e6
-        read, written = (sum(x.numel() * x.element_size() for x in maps) / 1e6 for maps in (self.maps, self.maps[:1]))
+        read, written = (size / 1e6 for size in self.traffic())
         return max(2 * product / flops, read / bandwidth["read"] + written / bandwidth["update"])
+
+    def traffic(self):
+        """Bytes that a step reads, of both maps, and writes, of the gradient."""
+        return [sum(x.numel() * x.element_size() for x in maps) for maps in (self.maps, self.maps[:1])]
 
 
 def measure_shape(shape, dtype, flops, bandwidth):
@@ -157,3 +170,32 @@ def test_bench_channel_attention(dtype):
     if dtype == torch.float32:
         slow = [result["shape"] for result in results if min(result["over"].values()) < 1]
         assert not slow, f"slower than PyTorch at {slow}"
+
+
+def cuda_case(shape, dtype):
+    """One shape on the GPU."""
+    with torch.device("cuda"):
+        work = Workload(shape, dtype)
+
+    def arm(name):
+        return {"forward": lambda: (work.forward(name),), "step": lambda: (work.step(name),)}
+
+    names = [name for name in work.losses if name not in ("ours", "compiled") or (name == "compiled" and dtype == torch.bfloat16)]
+    read, written = work.traffic()
+    return harness_cuda.Case(
+        " ".join(map(str, shape)),
+        harness_cuda.ours(arm("ours")) | {name: arm(name) for name in names},
+        {"forward": lambda: work.truth()[:1], "step": lambda: work.truth()[1:]},
+        {"forward": read, "step": read + written},
+        {"forward": 1e-6, "step": 1e-6},
+    )
+
+
+def cuda_cases(dtype):
+    return [functools.partial(cuda_case, shape, dtype) for shape in SHAPES]
+
+
+@harness_cuda.needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_bench_channel_attention_cuda(dtype):
+    harness_cuda.run("channel_attention", dtype, cuda_cases(dtype), REACH_CUDA if dtype == torch.bfloat16 else [])

@@ -1,6 +1,6 @@
 """Separable convolution: depthwise 3x3, pointwise 1x1, batch norm, ReLU; training and inference.
 
-    pytest bench/bench_separable_conv.py -s
+    pytest bench/bench_separable_conv.py -s             # -m gpu, or -m "not gpu", for one device alone
 
 Baselines are eager PyTorch in NCHW and in channels_last and torch.compile (inductor, channels_last, one graph per
 shape); ratios are over the fastest of them, shape by shape. Every arm gets its input and its upstream gradient in its
@@ -13,8 +13,11 @@ read and written as often as batch norm's statistics make necessary, at the meas
 cache can beat it. Judged is float32; bfloat16 is printed beside it, without torch.compile. Before anything is timed,
 each arm's results and gradients are compared with float64; the upstream gradient of a single layer is zero where
 rounding decides on which side of the ReLU's jump a value falls.
+
+On a GPU (harness_cuda) bfloat16 is judged, and float32 is measured without torch.compile.
 """
 
+import functools
 import statistics
 from dataclasses import dataclass
 
@@ -23,10 +26,17 @@ import torch
 import torch.nn.functional as F
 
 import harness
+import harness_cuda
 from odn_fast.ops import separable_conv_infer, separable_conv_train
 
 ARMS = ("ours", "eager NCHW", "eager channels_last", "compiled")
 REACH = {"inference": 1.7, "step": 1.6, "stack step": 1.5}
+REACH_CUDA = [
+    harness_cuda.Reach("step", "compiled", 1.5),
+    harness_cuda.Reach("step", "eager", 3.0),
+    harness_cuda.Reach("step", "floor", 0.6),
+    harness_cuda.Reach("inference", "fastest", 1.5),
+]
 # Relative error that a few values on the other side of a ReLU's zero, in any of six layers, cause in some gradient.
 SIDES_OF_ZERO = 0.05
 
@@ -52,15 +62,20 @@ class Shape:
     def floors(self, element_size, peak, bandwidth):
         """Milliseconds of inference and of a training step, at `peak` GFLOP/s and `bandwidth` in GB/s."""
         positions = self.batch * self.output_size**2
-        flops = 2 * positions * self.c_in * (9 + self.c_out)
-        x, y = self.batch * self.c_in * self.size**2, positions * self.c_out  # elements
+        flops, elements = 2 * positions * self.c_in * (9 + self.c_out) * self.layers, self.elements()
 
         def floor(flops, elements):
-            return self.layers * 1e-6 * max(flops / peak, elements * element_size / max(bandwidth.values()))
+            return 1e-6 * max(flops / peak, elements * element_size / max(bandwidth.values()))
 
+        return floor(flops, elements["inference"]), floor(3 * flops, elements["step"])
+
+    def elements(self):
+        """Elements of maps that each phase reads or writes at least, in a step ten times a map where all are of one size."""
+        x, y = self.batch * self.c_in * self.size**2, self.batch * self.output_size**2 * self.c_out
         # Training reads x forward and backward, and writes its gradient. The pointwise output is written once and read
         # forward and twice backward, y is written, and y's gradient read twice.
-        return floor(flops, x + y), floor(3 * flops, 3 * x + 7 * y)
+        once = {"inference": x + y, "forward": x + 3 * y, "step": 3 * x + 7 * y}
+        return {phase: self.layers * count for phase, count in once.items()}
 
 
 SHAPES = [
@@ -149,14 +164,14 @@ class Workload:
         return {"forward": lambda: train(leaf, layers, self.stride), "step": step, "inference": inference}
 
 
-def arms_of(work, dtype):
-    """{arm: {phase: function}}, as columns."""
+def arms_of(work, compiled):
+    """{arm: {phase: function}}, as columns; torch.compile's only if `compiled`."""
     arms = {
         "ours": work.arm(fused_train, fused_infer),
         "eager NCHW": work.arm(plain_train, plain_infer, torch.contiguous_format),
         "eager channels_last": work.arm(plain_train, plain_infer),
     }
-    if dtype == torch.float32:
+    if compiled:
         torch._dynamo.reset()
         arms["compiled"] = work.arm(*(torch.compile(function, dynamic=False) for function in (plain_train, plain_infer)))
     return arms
@@ -165,7 +180,7 @@ def arms_of(work, dtype):
 def bench(shape, dtype, peak, bandwidth, repetitions, patience):
     """Figures of one shape."""
     work = Workload(shape, dtype)
-    arms = arms_of(work, dtype)
+    arms = arms_of(work, compiled=dtype == torch.float32)
     truth = work.arm(plain_train, plain_infer, dtype=torch.float64)
     tolerance = {"step": SIDES_OF_ZERO if shape.layers > 1 else 0.0, "inference": 0.0}
     errors = {
@@ -245,3 +260,28 @@ def run(dtype, repetitions=15, patience=8.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bench_separable_conv(dtype):
     run(dtype)
+
+
+def cuda_case(shape, dtype):
+    """One shape on the GPU."""
+    with torch.device("cuda"):
+        work = Workload(shape, dtype)
+    arms = arms_of(work, compiled=dtype == torch.bfloat16)
+    truth = work.arm(plain_train, plain_infer, torch.contiguous_format, torch.float64)
+    return harness_cuda.Case(
+        str(shape),
+        harness_cuda.ours(arms.pop("ours")) | arms,
+        {phase: truth[phase] for phase in ("step", "inference")},
+        {phase: count * work.x.element_size() for phase, count in shape.elements().items()},
+        {"step": SIDES_OF_ZERO} if shape.layers > 1 else {},
+    )
+
+
+def cuda_cases(dtype):
+    return [functools.partial(cuda_case, shape, dtype) for shape in [*SHAPES, *STACKS]]
+
+
+@harness_cuda.needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_bench_separable_conv_cuda(dtype):
+    harness_cuda.run("separable_conv", dtype, cuda_cases(dtype), REACH_CUDA if dtype == torch.bfloat16 else [])

@@ -1,6 +1,6 @@
 """The residual separable unit: two separable convolutions and a skip connection, one training step.
 
-    pytest bench/bench_separable_unit.py -s
+    pytest bench/bench_separable_unit.py -s             # -m gpu, or -m "not gpu", for one device alone
 
 Baselines are eager PyTorch in NCHW and in channels_last and torch.compile (inductor, channels_last, one graph per
 unit); ratios are over the fastest of them, unit by unit. Every arm gets its input and its upstream gradient in its own
@@ -11,8 +11,11 @@ anything is timed, each arm's results and gradients are compared with float64.
 The floor is the larger of arithmetic at the best measured rate of a dense product and of memory traffic at the
 measured bandwidth, each map read and written as often as batch norm's statistics make necessary. Maps that stay in a
 cache can beat it.
+
+On a GPU (harness_cuda) bfloat16 is judged, and float32 is measured without torch.compile.
 """
 
+import functools
 import statistics
 from dataclasses import dataclass
 
@@ -21,10 +24,16 @@ import torch
 import torch.nn.functional as F
 
 import harness
+import harness_cuda
 from odn_fast.ops import separable_unit_train
 
 ARMS = ("ours", "eager NCHW", "eager channels_last", "compiled")
 REACH = 1.8
+REACH_CUDA = [
+    harness_cuda.Reach("step", "compiled", 1.5),
+    harness_cuda.Reach("step", "eager", 3.0),
+    harness_cuda.Reach("step", "floor", 0.6),
+]
 BATCH = 128
 # Relative error that a few values on the other side of a ReLU's zero cause in some gradient.
 SIDES_OF_ZERO = {torch.float32: 0.01, torch.bfloat16: 0.1}
@@ -45,17 +54,22 @@ class Unit:
         """Milliseconds of a training step, at `peak` GFLOP/s and `bandwidth` in GB/s."""
         positions = BATCH * (self.size // self.stride) ** 2
         flops = 2 * positions * (self.c_in * (9 + self.c_out) + self.c_out * (9 + self.c_out))
-        x, y = BATCH * self.c_in * self.size**2, positions * self.c_out  # elements
+        if self.skip == "pooled":
+            flops += 2 * positions * self.c_in * self.c_out
+        return 1e-6 * max(3 * flops / peak, self.elements()["step"] * element_size / max(bandwidth.values()))
+
+    def elements(self):
+        """Elements of maps that each phase reads or writes at least; a step about twenty times a map of y's size."""
+        x, y = BATCH * self.c_in * self.size**2, BATCH * (self.size // self.stride) ** 2 * self.c_out
         # x is read forward and backward and its gradient written. Both pointwise outputs are written once and read
         # once forward and twice backward; y is written and read; the gradients of y and of the map between the
         # convolutions are each read twice, the latter written once.
-        elements = 3 * x + (2 * 4 + 2 + 5) * y
+        forward, step = x + 5 * y, 3 * x + (2 * 4 + 2 + 5) * y
         if self.skip == "pooled":
-            flops += 2 * positions * self.c_in * self.c_out
-            elements += 4 * y
+            forward, step = forward + 2 * y, step + 4 * y
         elif self.skip == "identity":
-            elements += x
-        return 1e-6 * max(3 * flops / peak, elements * element_size / max(bandwidth.values()))
+            forward, step = forward + x, step + x
+        return {"forward": forward, "step": step}
 
 
 UNITS = [
@@ -127,17 +141,23 @@ class Workload:
         return {"forward": forward, "step": step}
 
 
-def bench(unit, dtype, peak, bandwidth, repetitions, patience):
-    """Figures of one unit."""
-    work = Workload(unit, dtype)
+def arms_of(work, compiled):
+    """{arm: {phase: function}}, as columns; torch.compile's only if `compiled`."""
     arms = {
         "ours": work.arm(fused),
         "eager NCHW": work.arm(plain, torch.contiguous_format),
         "eager channels_last": work.arm(plain),
     }
-    if dtype == torch.float32:
+    if compiled:
         torch._dynamo.reset()
         arms["compiled"] = work.arm(torch.compile(plain, dynamic=False))
+    return arms
+
+
+def bench(unit, dtype, peak, bandwidth, repetitions, patience):
+    """Figures of one unit."""
+    work = Workload(unit, dtype)
+    arms = arms_of(work, compiled=dtype == torch.float32)
     steps = {name: arm["step"] for name, arm in arms.items()}
     errors = harness.relative_errors(steps, work.arm(plain, dtype=torch.float64)["step"](), SIDES_OF_ZERO[dtype])
     measured = harness.measure(
@@ -200,3 +220,28 @@ def run(dtype, repetitions=15, patience=10.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bench_separable_unit(dtype):
     run(dtype)
+
+
+def cuda_case(unit, dtype):
+    """One unit on the GPU."""
+    with torch.device("cuda"):
+        work = Workload(unit, dtype)
+    arms = arms_of(work, compiled=dtype == torch.bfloat16)
+    truth = work.arm(plain, torch.contiguous_format, torch.float64)
+    return harness_cuda.Case(
+        str(unit),
+        harness_cuda.ours(arms.pop("ours")) | arms,
+        {"step": truth["step"]},
+        {phase: count * work.x.element_size() for phase, count in unit.elements().items()},
+        {"step": SIDES_OF_ZERO[dtype]},
+    )
+
+
+def cuda_cases(dtype):
+    return [functools.partial(cuda_case, unit, dtype) for unit in UNITS]
+
+
+@harness_cuda.needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_bench_separable_unit_cuda(dtype):
+    harness_cuda.run("separable_unit", dtype, cuda_cases(dtype), REACH_CUDA if dtype == torch.bfloat16 else [])

@@ -118,7 +118,7 @@ def over_fastest(times: dict[str, list[float]]) -> tuple[str, float]:
 def relative_errors(
     arms: dict[str, Callable[[], Sequence[torch.Tensor]]], truth: Sequence[torch.Tensor], tolerance: float = 0.0
 ) -> dict[str, float]:
-    """Largest relative error (L2) of any of each arm's results; "ours" has to be right.
+    """Largest relative error (L2) of any of each arm's results; arms whose names begin with "ours" have to be right.
 
     Right is an error of at most twice the eager arms' own, or `tolerance`.
     """
@@ -127,7 +127,8 @@ def relative_errors(
         results = zip(arm(), truth, strict=True)
         errors[name] = max(((result.double() - true).norm() / true.norm()).item() for result, true in results)
     eager = max(error for name, error in errors.items() if name.startswith("eager"))
-    assert errors["ours"] <= max(2 * eager, tolerance), f"ours is wrong, so its speed says nothing: {errors}"
+    wrong = [name for name in errors if name.startswith("ours") and not errors[name] <= max(2 * eager, tolerance)]
+    assert not wrong, f"{wrong} is wrong, so its speed says nothing: {errors}"
     return errors
 
 
