@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from odn_fast.ops._choose import register_cuda, triton
 from odn_fast.ops._library import define, library, refuse_second_derivative
 from odn_fast.reference import channel_attention as reference
 from odn_fast.reference.channel_attention import TeacherStatistics
@@ -212,3 +213,13 @@ def _flops_loss(
 ) -> int:
     """As PyTorch's two products, and the two of its backward pass where the gradient is written along."""
     return (4 if with_gradient else 2) * _product(student_shape, teacher_shape)
+
+
+for _name in (
+    "channel_attention_statistics",
+    "channel_attention",
+    "channel_attention_backward",
+    "channel_attention_loss",
+    "channel_attention_loss_backward",
+):
+    register_cuda(_name, [triton("channel_attention", _name)])
