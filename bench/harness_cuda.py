@@ -35,6 +35,7 @@ import torch
 import harness
 from odn_fast.machine import processor_name
 from odn_fast.ops._choose import CannotRun, using
+from odn_fast.tune import capture
 
 CALLS = 20
 ROUNDS = 15
@@ -122,22 +123,6 @@ def ceilings() -> dict[str, float]:
 
 
 # ---- timing
-
-
-def capture(function: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `calls` calls of `function` in a row, warmed up on a stream of its own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(calls):
-            function()
-    graph.instantiate()
-    return graph
 
 
 def nodes(graph: torch.cuda.CUDAGraph) -> int:

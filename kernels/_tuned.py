@@ -19,8 +19,8 @@ from ._common import device_name
 
 FOLDER = Path(__file__).with_name("tuned")
 
-_forced: dict[str, dict] = {}
-_asked: dict[str, tuple] | None = None
+_forced: dict[tuple, dict] = {}  # by kernel and `same`, or None for any
+_asked: dict[tuple, dict] | None = None
 
 
 def blocks(kernel: str, x: Tensor, same: tuple[int, ...], size: int, default: dict[str, int]) -> dict[str, int]:
@@ -30,9 +30,11 @@ def blocks(kernel: str, x: Tensor, same: tuple[int, ...], size: int, default: di
     the entry whose size (pixels, say) is nearest by ratio. default: the answer where there is none.
     """
     if _asked is not None:
-        _asked[kernel] = (str(x.dtype).removeprefix("torch."), same, size)
-    if kernel in _forced:
-        return {**default, **_forced[kernel]}
+        _asked[kernel, str(x.dtype).removeprefix("torch."), same, size] = default
+    if _forced:
+        choice = _forced.get((kernel, same), _forced.get((kernel, None)))
+        if choice is not None:
+            return {**default, **choice}
     if not (x.is_cuda or x.is_meta):
         return default
     return _nearest(device_name(x.device), kernel, x.dtype, same, size) or default
@@ -51,9 +53,20 @@ def _nearest(gpu: str, kernel: str, dtype: torch.dtype, same: tuple[int, ...], s
 
 @functools.cache
 def table(gpu: str) -> dict[str, list[dict]]:
-    """All entries for a GPU, by kernel; {} if it was never tuned."""
+    """All entries for a GPU, by kernel; {} if it was never tuned. Raises ValueError if its file cannot be read."""
     path = path_of(gpu)
-    return json.loads(path.read_text())["kernels"] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["kernels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of block sizes ({error}); delete it, or write it anew: python -m odn_fast.tune") from error
+
+
+def forget() -> None:
+    """Read the tables again when they are next asked for."""
+    table.cache_clear()
+    _nearest.cache_clear()
 
 
 def path_of(gpu: str) -> Path:
@@ -61,18 +74,22 @@ def path_of(gpu: str) -> Path:
 
 
 @contextlib.contextmanager
-def forced(kernel: str, choice: dict[str, int]) -> Iterator[None]:
-    """Launch `kernel` with `choice` inside the block, as tuning does."""
-    _forced[kernel] = choice
+def forced(kernel: str, choice: dict[str, int], same: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Launch `kernel` with `choice` inside the block, as tuning does; only for this `same`, if one is given."""
+    previous = _forced.get((kernel, same))
+    _forced[kernel, same] = choice
     try:
         yield
     finally:
-        del _forced[kernel]
+        if previous is None:
+            del _forced[kernel, same]
+        else:
+            _forced[kernel, same] = previous
 
 
 @contextlib.contextmanager
-def asked() -> Iterator[dict[str, tuple]]:
-    """Collect (dtype, same, size) of every kernel that asks for blocks inside the block."""
+def asked() -> Iterator[dict[tuple, dict]]:
+    """Collect {(kernel, dtype, same, size): default} of all that ask for blocks inside the block."""
     global _asked
     _asked = {}
     try:
