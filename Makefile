@@ -46,7 +46,7 @@ sanitize: $(READY)
 	$(BIN)/cmake --build build/sanitize
 	cd build/sanitize/tree && $(SANITIZED) ../../../$(BIN)/python -c "from odn_fast import _extension as e; \
 		assert e.available, e.reason; assert 'sanitize' in e.__file__, e.__file__"
-	$(SANITIZED) $(BIN)/pytest -q $(OP_TESTS) -k "not compiles and not export"
+	$(SANITIZED) $(BIN)/pytest -q --capture=sys $(OP_TESTS) -k "not compiles and not export"
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q -s bench

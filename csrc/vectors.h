@@ -205,7 +205,7 @@ using Operand = typename OperandOf<Storage>::type;
 
 // exp(x) to the last bits of float: 2^n times a polynomial on [-ln(2)/2, ln(2)/2].
 inline Vector<float> exponential(Vector<float> x) {
-  typedef int32_t Integers __attribute__((vector_size(vector_bytes)));
+  typedef uint32_t Integers __attribute__((vector_size(vector_bytes)));  // wraps around where the result is not used
   const Vector<float> shifted = x * 1.442695041f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are an integer
   const Vector<float> n = shifted - 12582912.0f;
   const Vector<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
