@@ -1,5 +1,6 @@
 """Fused operations. Each works without the compiled extension, on its PyTorch reference."""
 
+from odn_fast.ops.augment import augment, scale_and_shift
 from odn_fast.ops.batch_norm_act import batch_norm_act
 from odn_fast.ops.channel_attention import (
     TeacherStatistics,
@@ -13,10 +14,12 @@ from odn_fast.ops.separable_unit import separable_unit_train
 
 __all__ = [
     "TeacherStatistics",
+    "augment",
     "batch_norm_act",
     "channel_attention",
     "channel_attention_loss",
     "exit_heads",
+    "scale_and_shift",
     "separable_conv_infer",
     "separable_conv_train",
     "separable_unit_train",
