@@ -40,29 +40,41 @@ _variants: dict = {}  # compiled kernels, by what they were compiled for
 _recorded: list | None = None  # compiled kernels since `compiling` began
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int, num_stages: int = 1, **constants) -> None:
+def launch(
+    kernel, grid: tuple[int, ...], *arguments, num_warps: int, num_stages: int = 1, cooperative: bool = False, **constants
+) -> None:
     """Run `kernel` on the current stream of the tensors' device.
 
     arguments: tensors (or None), integers and floats, as the kernel takes them; constants: its constexprs, in the
-    kernel's order, after them. A second launch of a variant goes past Triton's binder, which takes longer than most of
-    these kernels.
+    kernel's order, after them. cooperative: all programs run at the same time, for `wait_for_all`, or the launch fails;
+    it must follow from the kernel and its constants. A second launch of a variant goes past Triton's binder, which
+    takes longer than most of these kernels.
     """
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if cooperative:
+        options["launch_cooperative_grid"] = True
     if _recorded is not None:
         _recorded.append(kernel.warmup(*arguments, **constants, grid=grid, **options))
         return
     if INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
-    dtypes = [x.dtype if isinstance(x, Tensor) else x is None for x in arguments]
+    dtypes = [x.dtype if isinstance(x, Tensor) else _dtypes(x) for x in arguments]
     key = (kernel, torch.cuda.current_device(), num_warps, num_stages, *constants.values(), *dtypes)
     compiled = _variants.get(key)
     if compiled is None:
         _variants[key] = kernel[grid](*arguments, **constants, **options)
     else:
         compiled[grid + (1,) * (3 - len(grid))](*arguments, *constants.values())
+
+
+def _dtypes(argument):
+    """Of a tuple of tensors its dtypes; of anything else whether it is None."""
+    if isinstance(argument, tuple):
+        return tuple(x.dtype if isinstance(x, Tensor) else None for x in argument)
+    return argument is None
 
 
 @contextlib.contextmanager
@@ -206,3 +218,20 @@ def is_last(counter_ptr, programs):
     if last:
         tl.store(counter_ptr, 0)
     return last
+
+
+@triton.jit
+def wait_for_all(counter_ptr, first, programs):
+    """Wait until all programs of a cooperative launch have called this; what they stored before can then be loaded.
+
+    first: true in exactly one of them. Loads need cache_modifier=".cg". Not in the interpreter, which runs one program
+    after the other.
+    """
+    # The arrivals of one launch add up to 2^31: they flip the sign of the second integer and leave the rest as it was,
+    # so nothing needs to be reset.
+    tl.debug_barrier()
+    before = tl.atomic_add(counter_ptr + 1, tl.where(first, 2147483647 - (programs - 2), 1), sem="release")
+    now = before
+    while (before ^ now) >= 0:
+        now = tl.atomic_add(counter_ptr + 1, 0, sem="acquire")
+    tl.debug_barrier()

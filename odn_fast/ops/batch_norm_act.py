@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from odn_fast.ops._choose import register_cuda, triton
 from odn_fast.ops._library import (
     as_bfloat16,
     contiguous_like,
@@ -109,6 +110,8 @@ def _read(x, weight, bias, residual, eps, relu):
 
 library.impl("batch_norm_act_train", _BatchNormAct.apply, "Autograd")
 define_autocast(_train, _read)
+for op in ("batch_norm_act_train", "batch_norm_act_train_backward"):
+    register_cuda(op, [triton("batch_norm_act", op)])
 
 
 @register_flop_formula([torch.ops.odn_fast.batch_norm_act_train, torch.ops.odn_fast.batch_norm_act_train_backward])
