@@ -358,3 +358,30 @@ def rounded(value: object) -> object:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def summary(path: Path | None = None) -> str:
+    """What a file of results comes to, a line for each verdict and each failure."""
+    path = path or results_file()
+    content = json.loads(path.read_text())
+    lines = [str(content["machine"])]
+    for bench, figures in content["benches"].items():
+        for name, verdict in figures.get("verdicts", {}).items():
+            met = "met" if verdict["met"] else "MISSED"
+            lines.append(f"{bench}, {name}: {verdict['geometric_mean']:.2f}, worst {verdict['worst']:.2f}, reach {verdict['reach']}: {met}")
+        for phase in sorted({phase for case in figures.get("cases", {}).values() for phase in case["microseconds"]}):
+            cases = [case for case in figures["cases"].values() if phase in case["microseconds"]]
+            means = {
+                over: statistics.geometric_mean(ratios)
+                for over in ("fastest", "eager", "compiled")
+                if (ratios := [case["over"][phase][over] for case in cases if over in case["over"][phase]])
+            }
+            share = statistics.geometric_mean(case["share_of_floor"][phase] for case in cases)
+            over = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+            lines.append(f"  {bench} {phase}, {len(cases)} cases: over {over}; {share:.0%} of the floor")
+        lines += [f"  {bench} FAILED: {failure}" for failure in figures.get("failures", ())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(summary())

@@ -23,7 +23,27 @@ def report() -> list[str]:
         lines.append(f"C++ ops: not used, because {_extension.reason}; {_extension.HOW_TO_BUILD}")
     lines.append(f"CUDA: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else
                  f"CUDA: PyTorch sees no device (built for {torch.version.cuda or 'the CPU'})")
-    return lines
+    return [*lines, *triton_lines(torch.cuda.get_device_name() if torch.cuda.is_available() else "")]
+
+
+def triton_lines(gpu: str) -> list[str]:
+    """About Triton, and about the block sizes of its kernels on `gpu`, "" where there is none."""
+    try:
+        import triton
+    except ImportError:
+        return ["Triton: not installed, so ops on a GPU run on their slower PyTorch reference; get it with: pip install triton"]
+    lines = [f"Triton: {triton.__version__}"]
+    if not gpu:
+        return lines
+    from .kernels import _tuned
+
+    try:
+        table = _tuned.table(gpu)
+    except ValueError as error:
+        return [*lines, f"block sizes: {error}"]
+    entries = sum(map(len, table.values()))
+    return [*lines, f"block sizes: {entries} measured on {gpu}, in {_tuned.path_of(gpu)}" if entries else
+            f"block sizes: not tuned for {gpu}, so the defaults are used: python -m odn_fast.tune"]
 
 
 def main(arguments: list[str] | None = None) -> int:

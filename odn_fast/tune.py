@@ -50,16 +50,16 @@ class Workload:
     def __str__(self):
         return f"{self.op} {str(self.dtype).removeprefix('torch.')} {self.shape}"
 
-    def call(self) -> Call:
+    def call(self, implementation: str = "triton") -> Call:
         torch.manual_seed(0)
         with torch.device("cuda"):
             step = self.make(self.dtype, *self.shape)
 
-        def on_triton():
-            with using("triton"):
+        def on_one():
+            with using(implementation):
                 return step()
 
-        return on_triton
+        return on_one
 
 
 def _map(dtype, *shape):

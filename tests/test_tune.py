@@ -146,6 +146,23 @@ def test_a_table_that_cannot_be_read_is_named_and_can_be_written_anew(empty_fold
     assert asked("first", 16, 100) == 128
 
 
+def test_doctor_says_whether_this_gpu_was_tuned(empty_folder):
+    from odn_fast.doctor import triton_lines
+    assert len(triton_lines("")) == 1 and triton_lines("")[0].startswith("Triton: 3.")
+    assert "not tuned for NVIDIA H200" in triton_lines(GPU)[1] and "python -m odn_fast.tune" in triton_lines(GPU)[1]
+    path = tune.write_table(GPU, {("first", "float32", (16,), 1): entry(128)}, ["first"], {})
+    assert triton_lines(GPU)[1] == f"block sizes: 1 measured on {GPU}, in {path}"
+    (empty_folder / "nvidia-h200.json").write_text("{")
+    _tuned.forget()
+    assert "is no table" in triton_lines(GPU)[1]
+
+
+def test_doctor_says_how_to_get_triton(monkeypatch):
+    from odn_fast.doctor import triton_lines
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert len(triton_lines(GPU)) == 1 and "pip install triton" in triton_lines(GPU)[0]
+
+
 def test_every_candidate_of_the_kernels_is_a_choice_of_blocks():
     kernels = tune.candidates_of_kernels()
     assert kernels and all(callable(choices) for choices in kernels.values())
