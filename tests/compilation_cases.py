@@ -14,4 +14,53 @@ def feature_map(device: str, n: int, c: int, h: int, w: int, dtype: torch.dtype)
     return torch.empty(n, c, h, w, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
-CASES = []  # of functions (device, everything) -> None
+def exit_heads(device: str, everything: bool) -> None:
+    from odn_fast.kernels.exit_heads import exit_heads, exit_heads_backward
+
+    networks = {
+        "ResNet-18 on 28x28, one exit": ([(64, 28)], 10),
+        "ResNet-18 on 28x28": ([(64, 28)] * 2 + [(128, 14)] * 2 + [(256, 7)] * 2 + [(512, 4)] * 2, 10),
+        "ResNet-101 on 32x32": ([(256, 32)] * 3 + [(512, 16)] * 4 + [(1024, 8)] * 23 + [(2048, 4)] * 3, 10),
+        "100 classes": ([(512, 4)], 100),
+        "1000 classes": ([(2048, 7)], 1000),
+    }
+    for name, (maps, classes) in networks.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            if everything or name == "ResNet-18 on 28x28, one exit":
+                features = [feature_map(device, 128, c, size, size, dtype) for c, size in maps]
+                weights = [torch.empty(classes, c, device=device) for c, _ in maps]
+                biases = [torch.empty(classes, device=device) for _ in maps]
+                target = torch.zeros(128, dtype=torch.int64, device=device)
+                losses, _, pooled, gradients = exit_heads(features, weights, biases, target)
+                exit_heads_backward(losses, pooled, gradients, weights, [size * size for _, size in maps], dtype)
+
+
+def augment(device: str, everything: bool) -> None:
+    from odn_fast.kernels.augment import augment
+
+    for name, (channels, size) in shapes.items():
+        images = torch.zeros(200, channels, size, size, dtype=torch.uint8, device=device)
+        index = torch.zeros(128, dtype=torch.int64, device=device)
+        scale, key = torch.ones(channels, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        for dtype in (torch.bfloat16, torch.float32):
+            if everything or name == "CIFAR-10":
+                augment(images, index, scale, scale, key, 4, True, dtype)
+                augment(images, index, scale, scale, None, 0, False, dtype)
+
+
+def batch_norm_act(device: str, everything: bool) -> None:
+    from odn_fast.kernels.batch_norm_act import batch_norm_act_train, batch_norm_act_train_backward
+
+    resnet18, resnet50 = [(64, 28), (128, 14), (256, 7), (512, 4)], [(64, 32), (256, 32), (512, 16), (1024, 8), (2048, 4)]
+    odd = [(17, 5), (20, 9), (3, 9)]
+    for channels, size in [*resnet18, *resnet50, *odd] if everything else resnet18[:1]:
+        for dtype in (torch.bfloat16, torch.float32):
+            x = feature_map(device, 128, channels, size, size, dtype)
+            vector = torch.empty(channels, device=device)
+            for residual in (None, x):
+                y, mean, var = batch_norm_act_train(x, vector, vector, residual, 1e-5, True)
+                saved = None if residual is None else y
+                batch_norm_act_train_backward(y, x, vector, vector, saved, mean, var, 1e-5, True, True)
+
+
+CASES = [augment, batch_norm_act, exit_heads]  # of functions (device, everything) -> None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from odn_fast.ops._choose import register_cuda, triton
 from odn_fast.ops._library import define, library, refuse_second_derivative
 from odn_fast.reference import exit_heads as reference
 
@@ -128,3 +129,7 @@ def _flops_backward(grad_shape, pooled_shape, logit_shape, weight_shapes, *args,
     """Two products per depth: one for the pooled gradient, one for the weight gradient."""
     batch = pooled_shape[0]
     return sum(4 * batch * classes * channels for classes, channels in weight_shapes)
+
+
+register_cuda("exit_heads", [triton("exit_heads", "exit_heads")])
+register_cuda("exit_heads_backward", [triton("exit_heads", "exit_heads_backward")])
