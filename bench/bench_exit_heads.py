@@ -1,6 +1,6 @@
 """Exit heads of ResNet-18 on 1x28x28 inputs, batch 128: all eight depths of one backbone pass.
 
-    pytest bench/bench_exit_heads.py -s
+    pytest bench/bench_exit_heads.py -s                 # -m gpu, or -m "not gpu", for one device alone
 
 Timed is forward and backward until every feature's gradient has been added to the dense gradient that comes
 from the next block. A stand-in replaces the blocks: its forward hands out ready-made features, its backward a
@@ -11,6 +11,9 @@ What the arms differ in, beside the forward pass: PyTorch's mean hands back a de
 to add to a channels_last one; an expanded gradient that arrives before the dense one is added out of place, one
 that arrives after it in place. In bfloat16 PyTorch's addition is bound by arithmetic, not by memory, so the last
 two cost the same.
+
+On a GPU (harness_cuda) whole steps are captured, times are microseconds, and the launch floor counts what a step launches
+beyond the stand-in.
 """
 
 import statistics
@@ -20,11 +23,13 @@ import torch
 import torch.nn.functional as F
 
 import harness
+import harness_cuda
 from odn_fast.ops import exit_heads
 
 BATCH, CLASSES = 128, 10
 SHAPES = [(64, 28, 28)] * 2 + [(128, 14, 14)] * 2 + [(256, 7, 7)] * 2 + [(512, 4, 4)] * 2
 REACH = {"eager": 3.0, "expanded": 1.3}
+REACH_CUDA = {"eager": 4.0, "expanded": 2.0}
 
 
 class NextBlock(torch.autograd.Function):
@@ -102,10 +107,11 @@ class Workload:
         self.weights = [torch.randn(CLASSES, shape[0]).div_(shape[0] ** 0.5).requires_grad_() for shape in SHAPES]
         self.biases = [torch.randn(CLASSES).requires_grad_() for _ in SHAPES]
         self.target = torch.randint(CLASSES, (BATCH,))
+        self.ones = torch.ones(len(SHAPES))
 
     def step(self, heads=None, between=False, keep=None):
         """Forward and backward through the stand-ins and `heads`, called between blocks or after them all."""
-        x = torch.zeros((), requires_grad=True)
+        x = self.ones.new_zeros((), requires_grad=True)
         gradient = x.detach()
         features, losses = [], []
         for depth, output in enumerate(self.features):
@@ -117,10 +123,10 @@ class Workload:
                 keep.append(x)
             if heads and between:
                 losses.append(heads([x], [self.weights[depth]], [self.biases[depth]], self.target)[0])
-        end = NextBlock.apply(x, torch.zeros(()), gradient)
+        end = NextBlock.apply(x, self.ones[0], gradient)
         if heads and not between:
             losses.append(heads(features, self.weights, self.biases, self.target)[0])
-        torch.autograd.backward([end, *losses], [torch.ones_like(y) for y in (end, *losses)])
+        torch.autograd.backward([end, *losses], [self.ones[0], *(self.ones[: len(y)] for y in losses)])
         heads_gradients = [parameter.grad for parameter in self.weights + self.biases]
         for parameter in self.weights + self.biases:
             parameter.grad = None
@@ -151,23 +157,33 @@ class Workload:
 
     def floor(self, bandwidth):
         """Milliseconds to read every feature once and to read and write every gradient once."""
-        megabytes = sum(feature.numel() * feature.element_size() for feature in self.features) / 1e6
+        megabytes = self.size() / 1e6
         return megabytes / bandwidth["read"] + 2 * megabytes / bandwidth["update"]
+
+    def size(self):
+        """Bytes of all features together."""
+        return sum(feature.numel() * feature.element_size() for feature in self.features)
+
+
+HEADS = {"eager": eager, "expanded": expanded, "ours": exit_heads}
+PLACES = {"after": False, "between": True}
+
+
+def arms_of(work):
+    """{arm: step}, after ours was found right, and every arm's error."""
+    arms = {f"{name} {place}": (HEADS[name], PLACES[place]) for name in HEADS for place in PLACES}
+    errors = {name: work.error(*arm) for name, arm in arms.items()}
+    for name in ("ours after", "ours between"):
+        assert errors[name] <= 2 * errors["eager after"], f"{name} is wrong, so its speed says nothing: {errors}"
+    return {name: (lambda arm=arm: work.step(*arm)) for name, arm in arms.items()}, errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bench_exit_heads(dtype):
     harness.prepare(threads=2)
     work = Workload(dtype)
-    heads = {"eager": eager, "expanded": expanded, "ours": exit_heads}
-    places = {"after": False, "between": True}
-    arms = {f"{name} {place}": (heads[name], places[place]) for name in heads for place in places}
-    errors = {name: work.error(*arm) for name, arm in arms.items()}
-    for name in ("ours after", "ours between"):
-        assert errors[name] <= 2 * errors["eager after"], f"{name} is wrong, so its speed says nothing: {errors}"
-
+    steps, errors = arms_of(work)
     bandwidth = harness.bandwidth()
-    steps = {name: (lambda arm=arm: work.step(*arm)) for name, arm in arms.items()}
     measured = harness.measure({"stand-in": work.step, **steps}, repetitions=40)
     times = measured.times
     alone, floor = times.pop("stand-in"), work.floor(bandwidth)
@@ -185,7 +201,7 @@ def test_bench_exit_heads(dtype):
     print(harness.table(rows))
     ratios = {name: harness.ratio(net[name], ours) for name in times if name != "ours between"}
     for baseline, reach in REACH.items():
-        for place in places:
+        for place in PLACES:
             figure = ratios[f"{baseline} {place}"]
             print(f"over {baseline} {place}: {figure:.2f}, reach {reach}: {'met' if figure >= reach else 'MISSED'}")
     harness.report(
@@ -200,6 +216,52 @@ def test_bench_exit_heads(dtype):
             "gross_ms": {name: statistics.median(t) for name, t in times.items()},
             "net_ms": {name: statistics.median(t) for name, t in net.items()},
             "net_over_ours_between": ratios,
+            "relative_error": errors,
+        },
+    )
+
+
+@harness_cuda.needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_bench_exit_heads_cuda(dtype):
+    with torch.device("cuda"):
+        work = Workload(dtype)
+    steps, errors = arms_of(work)
+    limits = harness_cuda.ceilings()
+    times, launches = harness_cuda.measure({"stand-in": work.step, **steps})
+    walls = {name: harness_cuda.wall(step) for name, step in {"stand-in": work.step, **steps}.items()}
+    alone, base = times.pop("stand-in"), launches.pop("stand-in")
+    net = {name: harness.net(gross, alone) for name, gross in times.items()}
+    median = {name: statistics.median(t) for name, t in net.items()}
+    ours = min(("ours after", "ours between"), key=median.get)
+    floors = {
+        name: 3 * work.size() / limits["copy_GB_s"] / 1e3 + (count - base) * limits["graph_node_us"] for name, count in launches.items()
+    }
+
+    print(f"\n{harness_cuda.machine()}\nexit_heads, {dtype}, microseconds in a graph")
+    print(f"stand-in {statistics.median(alone):.2f}, {base} launches, which net figures are without")
+    rows = [("arm", "gross", "net", "launches", "byte + launch floor", "of floor", f"net / {ours}", "wall, net", "error")]
+    over = {name: harness.ratio(net[name], net[ours]) for name in net}
+    for name, gross in times.items():
+        rows.append((name, f"{statistics.median(gross):.2f}", f"{median[name]:.2f}", launches[name] - base, f"{floors[name]:.2f}",
+                     f"{floors[name] / median[name]:.0%}", f"{over[name]:.2f}", f"{walls[name] - walls['stand-in']:.0f}",
+                     f"{errors[name]:.1e}"))
+    print(harness.table(rows))
+    verdicts = {}
+    for baseline, reach in REACH_CUDA.items():
+        figure = min(over[f"{baseline} {place}"] for place in PLACES)
+        verdicts[f"net, over {baseline}"] = {"geometric_mean": figure, "worst": figure, "reach": reach, "met": figure >= reach}
+        print(f"over {baseline}, the faster of both places: {figure:.2f}, reach {reach}: {'met' if figure >= reach else 'MISSED'}")
+    harness_cuda.report(
+        f"exit_heads_{str(dtype).removeprefix('torch.')}",
+        {
+            "ceilings": limits,
+            "verdicts": verdicts,
+            "stand_in_us": statistics.median(alone),
+            "net_us": median,
+            "launches": {name: count - base for name, count in launches.items()},
+            "floor_us": floors,
+            "wall_us": walls,
             "relative_error": errors,
         },
     )
