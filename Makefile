@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is set up here: Python >= 3.10, a C++ compiler and git are enough.
 #   make search     a depth search on digits, a minute or two once set up; prints where the report is
-#   make test       the tests
-#   make test-all   the tests, and the op tests under the address and undefined-behaviour sanitizers
+#   make test       the tests, in a few minutes
+#   make test-all   the slow tests too, and the op tests under the address and undefined-behaviour sanitizers
 #   make bench      the benchmarks
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -30,9 +30,11 @@ search: $(READY)
 		--epochs-cap 8 --target-accuracy 98 --tolerance 0.5
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: test sanitize
+test-all: $(READY)
+	$(BIN)/python -m pytest -q
+	$(MAKE) sanitize
 
 OP_TESTS := $(patsubst odn_fast/ops/%.py,tests/test_%.py,$(wildcard odn_fast/ops/[a-z]*.py)) tests/test_separable_conv_infer.py
 SANITIZED = PYTHONPATH="$(CURDIR)/build/sanitize/tree" ASAN_OPTIONS=detect_leaks=0 \
