@@ -30,7 +30,6 @@ BATCH, CLASSES = 128, 10
 SHAPES = [(64, 28, 28)] * 2 + [(128, 14, 14)] * 2 + [(256, 7, 7)] * 2 + [(512, 4, 4)] * 2
 REACH = {"eager": 3.0, "expanded": 1.3}
 REACH_CUDA = {"eager": 4.0, "expanded": 2.0}
-REACH_CUDA = {"eager": 4.0, "expanded": 2.0}
 
 
 class NextBlock(torch.autograd.Function):
@@ -132,14 +131,6 @@ class Workload:
         for parameter in self.weights + self.biases:
             parameter.grad = None
         return heads_gradients
-
-    def gradients_of(self, heads):
-        """As a step without stand-ins: gradients of features, from both, of weights and of biases."""
-        features = [feature.detach().requires_grad_() for feature in self.features]
-        losses = heads(features, self.weights, self.biases, self.target)[0]
-        gradients = torch.autograd.grad(losses, features + self.weights + self.biases, torch.ones_like(losses))
-        total = [a + b for a, b in zip(self.gradients, gradients[: len(features)], strict=True)]
-        return total + list(gradients[len(features) :])
 
     def truth(self):
         """The step's gradients of features, weights and biases in float64."""
@@ -274,40 +265,3 @@ def test_bench_exit_heads_cuda(dtype):
             "relative_error": errors,
         },
     )
-
-
-def one_by_one(features, weights, biases, target):
-    """As DepthNetwork.exit_losses calls ours."""
-    calls = [exit_heads([x], [w], [b], target) for x, w, b in zip(features, weights, biases, strict=True)]
-    return tuple(torch.cat(results) for results in zip(*calls, strict=True))
-
-
-def cuda_case(name, dtype):
-    with torch.device("cuda"):
-        work = Workload(dtype)
-    steps = {"step": functools.partial(work.gradients_of, one_by_one), "together": functools.partial(work.gradients_of, exit_heads)}
-    against_expanded = {f"{phase} / expanded": step for phase, step in steps.items()}
-    every_phase = [*steps, *against_expanded]
-    maps = sum(feature.numel() * feature.element_size() for feature in work.features)
-    return harness_cuda.Case(
-        name,
-        harness_cuda.ours(steps | against_expanded)
-        | {
-            "eager": dict.fromkeys(steps, functools.partial(work.gradients_of, eager)),
-            "eager, expanded gradient": dict.fromkeys(against_expanded, functools.partial(work.gradients_of, expanded)),
-        },
-        dict.fromkeys(every_phase, work.truth),
-        dict.fromkeys(every_phase, 3 * maps),  # features are read, gradients read and written
-        dict.fromkeys(every_phase, 1e-6),
-    )
-
-
-@harness_cuda.needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def test_bench_exit_heads_cuda(dtype):
-    reach = [
-        harness_cuda.Reach(phase + suffix, "eager", REACH_CUDA[baseline])
-        for phase in ("step", "together")
-        for baseline, suffix in (("eager", ""), ("expanded", " / expanded"))
-    ]
-    harness_cuda.run("exit_heads", dtype, [functools.partial(cuda_case, "ResNet-18, 8 depths", dtype)], reach)
