@@ -274,7 +274,8 @@ def _run(name: str, kernel, x: Tensor, maps: int, relu: bool, eps: float, *tenso
     column_blocks = triton.cdiv(channels, columns)
     # One program fits a multiprocessor whatever the kernel takes, so that a grid of that many can run at the same time.
     programs = processors(x) * (1 if grid_wide else choice["programs"])
-    shares = max(1, min(programs // column_blocks, pixels // choice["fewest"], MOST_SHARES))
+    most_shares = max(1, min(programs // column_blocks, MOST_SHARES))
+    shares = max(1, min(most_shares, pixels // choice["fewest"]))
     share = triton.cdiv(pixels, shares)
     shares = triton.cdiv(pixels, share)
     partials = zero = None
@@ -289,7 +290,7 @@ def _run(name: str, kernel, x: Tensor, maps: int, relu: bool, eps: float, *tenso
             kernel, (column_blocks, shares), *tensors, partials, zero, pixels, share, shares, channels // vector, eps,
             num_warps=choice["num_warps"], num_stages=choice["num_stages"], cooperative=split == "grid",
             VECTOR=vector, COLUMNS=columns, ROWS=choice["rows"], UNROLL=choice["unroll"], WRITTEN=choice["written"],
-            SHARES=next(size for size in (4, 16, 64, MOST_SHARES) if size >= shares), SPLIT=split, RELU=relu,
+            SHARES=triton.next_power_of_2(most_shares), SPLIT=split, RELU=relu,
         )  # fmt: skip
 
 
