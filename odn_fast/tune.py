@@ -31,6 +31,7 @@ from odn_fast.ops._choose import CannotRun, using
 from odn_fast.record import write_atomically
 
 Call = Callable[[], Sequence[Tensor]]
+PARTS = 4  # of a workload's candidates, compiled by different processes
 WORTH = 0.99  # a candidate replaces the default if it takes at most this share of its time
 # Of a relative difference (L2) of results: a few values on the other side of a ReLU's zero, in another order of summation.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
@@ -300,8 +301,11 @@ def why_refused(call: Call, expected: Sequence[Tensor], tolerance: float) -> str
 # ---- compiling beforehand
 
 
-def compile_candidates(index: int) -> None:
-    """Run one workload with each candidate of each of its kernels, which leaves them in Triton's cache on disk."""
+def compile_candidates(index: int, part: int, until: float) -> None:
+    """Run one workload with a part of its kernels' candidates, which leaves them in Triton's cache on disk.
+
+    No more is begun when time.monotonic(), the same in all processes, is `until`.
+    """
     from triton.errors import TritonError
 
     call = WORKLOADS[index].call()
@@ -310,26 +314,26 @@ def compile_candidates(index: int) -> None:
     except CannotRun:
         return  # said where it is timed
     for (kernel, _, same, _), default in keys.items():
-        for choice in alternatives(kernel, same, default, candidates):
+        for choice in alternatives(kernel, same, default, candidates)[part::PARTS]:
+            if time.monotonic() > until:
+                return
             with contextlib.suppress(TritonError), chosen({(kernel, same): choice}):
                 call()
     torch.cuda.synchronize()
 
 
 def compile_all(indices: Sequence[int], until: float) -> None:
-    """compile_candidates of these workloads in parallel, giving up those not begun when time.monotonic() is `until`."""
-    begin, workers = time.monotonic(), min(os.cpu_count() or 1, len(indices))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        # What takes longest first, lest it be alone at the end.
-        ordered = sorted(indices, key=lambda index: WORKLOADS[index].op != "channel_attention")
-        jobs = {pool.submit(compile_candidates, index): index for index in ordered}
+    """compile_candidates of these workloads in parallel, until time.monotonic() is `until`."""
+    begin = time.monotonic()
+    # First parts first: they leave the defaults behind. What takes longest before others, lest it be alone at the end.
+    ordered = sorted(itertools.product(range(PARTS), indices), key=lambda job: (job[0], WORKLOADS[job[1]].op != "channel_attention"))
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(compile_candidates, index, part, until): index for part, index in ordered}
         for count, job in enumerate(as_completed(jobs), 1):
-            if not job.cancelled() and job.exception() is not None:
+            if job.exception() is not None:
                 print(f"{WORKLOADS[jobs[job]]}: {job.exception()}", file=sys.stderr)
-            if time.monotonic() > until:
-                pool.shutdown(wait=False, cancel_futures=True)
-            if count % 10 == 0 or count == len(jobs):
-                print(f"compiled for {count} of {len(jobs)} calls, {time.monotonic() - begin:.0f} s", flush=True)
+            if count % 40 == 0 or count == len(jobs):
+                print(f"compiled {count} of {len(jobs)} parts, {time.monotonic() - begin:.0f} s", flush=True)
 
 
 # ---- the table
