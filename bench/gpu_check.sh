@@ -30,18 +30,24 @@ log="${OUT:-build/gpu_check}"
 mkdir -p "$log"
 failed=()
 
-# step NAME COMMAND...: the command's output goes to a file, of which the end is shown if it fails.
-step() {
+# attempt NAME COMMAND...: the command's output goes to a file, of which the end is shown if it fails.
+attempt() {
   local name="$1" begin=$SECONDS; shift
   if "$@" >"$log/$name.txt" 2>&1; then
     echo "$name: $((SECONDS - begin)) s, $(tail -n 1 "$log/$name.txt" | cut -c1-200)"
   else
     echo "$name: FAILED after $((SECONDS - begin)) s"
     tail -n 40 "$log/$name.txt" | cut -c1-300
-    failed+=("$name")
-    [ "$keep_going" = 1 ] || exit 1
+    return 1
   fi
 }
+
+fail() {
+  failed+=("$1")
+  [ "$keep_going" = 1 ] || exit 1
+}
+
+step() { attempt "$@" || fail "$1"; }
 
 if [ -n "$wheels" ]; then
   step wheels python3 -m pip install --no-index --no-deps "$wheels"/*.whl
@@ -67,19 +73,15 @@ if [ "$tests" = 1 ]; then
   step tests python3 -m pytest -q -m gpu --durations 10 "${parallel[@]}" "${files[@]}"
 fi
 
+checking=""
 if [ "$sanitizer" = 1 ] && command -v compute-sanitizer >/dev/null; then
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer timeout 150 compute-sanitizer --error-exitcode 1 --report-api-errors no \
-    python3 bench/small_calls.py "${ops[@]}"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 attempt sanitizer timeout 200 compute-sanitizer --error-exitcode 1 --report-api-errors no \
+    python3 bench/small_calls.py "${ops[@]}" &
+  checking=$!
 fi
 
-if [ "$tune" = 1 ]; then
-  options=(--minutes 5)
-  for op in "${ops[@]}"; do options+=(--op "$op"); done
-  step tune python3 -m odn_fast.tune "${options[@]}"
-fi
-
+compiled=() files=()
 if [ "$benches" = 1 ]; then
-  compiled=() files=()
   for bench in bench/bench_*.py; do
     op="$(basename "${bench#bench/bench_}" .py)"
     grep -q needs_gpu "$bench" || continue
@@ -88,10 +90,21 @@ if [ "$benches" = 1 ]; then
     grep -q 'def cuda_cases' "$bench" && compiled+=("$op")
   done
   [ ${#compiled[@]} = 0 ] || step compile_ahead python3 bench/compile_ahead.py "${compiled[@]}"
-  [ ${#files[@]} = 0 ] || step benches timeout 400 python3 -m pytest -q -s -m gpu "${files[@]}"
+fi
+if [ -n "$checking" ]; then wait "$checking" || fail sanitizer; fi  # which may run beside compiling, not beside measuring
+
+if [ "$tune" = 1 ]; then
+  options=(--minutes 5)
+  for op in "${ops[@]}"; do options+=(--op "$op"); done
+  step tune python3 -m odn_fast.tune "${options[@]}"
+  if [ -n "${OUT:-}" ]; then cp -r kernels/tuned "$log"; fi
+fi
+
+if [ ${#files[@]} != 0 ]; then
+  attempt benches timeout 400 python3 -m pytest -q -s -m gpu "${files[@]}" || failed+=(benches)
   step summary python3 bench/harness_cuda.py
   cat "$log/summary.txt"
-  if [ -n "${OUT:-}" ]; then cp bench/results/*"$(date +%Y-%m-%d)".json "$log"; fi
+  if [ -n "${OUT:-}" ]; then cp bench/results/nvidia-*-"$(date +%Y-%m-%d)".json "$log"; fi
 fi
 
 [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

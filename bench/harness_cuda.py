@@ -283,7 +283,7 @@ def run(bench: str, dtype: torch.dtype, cases: Iterable[functools.partial], reac
     """Measure all cases, print the table and the verdicts, write the report.
 
     cases: partial functions of a shape that make a case, whose tensors are given up before the next is made. Cases whose results are wrong,
-    or that no kernel takes, have no figures and fail the bench after the report.
+    or that fail otherwise, have no figures and fail the bench after the report.
     """
     torch.backends.cudnn.benchmark = True
     limits, results, failures = ceilings(), {}, []
@@ -291,8 +291,8 @@ def run(bench: str, dtype: torch.dtype, cases: Iterable[functools.partial], reac
         try:
             case = make()
             results[case.name] = measure_case(case, limits)
-        except (AssertionError, CannotRun) as failure:
-            failures.append(f"{make.args[0]}: {failure}")
+        except Exception as failure:  # the other cases are measured all the same
+            failures.append(f"{make.args[0]}: {type(failure).__name__}: {failure}")
         case = None
         torch.cuda.empty_cache()
     precision = str(dtype).removeprefix("torch.")
