@@ -141,11 +141,11 @@ def test_same_bits_twice_and_with_any_number_of_threads(implementation, shape):
 
 
 def test_autocast(implementation):
-    """x, residual and convolution weights are read as bfloat16, the biases, which hold the batch norm, as they are."""
+    """x, residual and, on the CPU, convolution weights are read as bfloat16, biases, which hold batch norm, as they are."""
     inputs = make_inputs("odd", residual=torch.float32)
     with autocast(torch.bfloat16):
         y = separable_conv_infer(*inputs)
-    for index in (0, 1, 3, 5):
+    for index in (0, 5) if implementation in GPU else (0, 1, 3, 5):
         inputs[index] = inputs[index].bfloat16()
     assert y.dtype == torch.bfloat16 and torch.equal(y, separable_conv_infer(*inputs))
 

@@ -34,15 +34,18 @@ def without_autocast(reference: Callable) -> Callable:
     return run
 
 
-def define_autocast(op: torch._ops.OpOverload, read: Callable[..., tuple]) -> None:
+def define_autocast(
+    op: torch._ops.OpOverload, read: Callable[..., tuple], read_on_cuda: Callable[..., tuple] | None = None
+) -> None:
     """Register what `op` does under autocast to bfloat16: it runs on `read(*arguments)`, outside of autocast.
 
     It runs on its arguments as they are under any other autocast dtype, and where its first argument is float64.
+    read_on_cuda: instead of `read` for CUDA, where a conversion is a launch that kernels may be able to do without.
     """
     keys = [torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA]
     autocast = torch._C.DispatchKeySet(keys[0]) | torch._C.DispatchKeySet(keys[1])
 
-    def rule(device):
+    def rule(device, read):
         def run(x, *args):
             with torch._C._ExcludeDispatchKeyGuard(autocast):
                 if torch.get_autocast_dtype(device) == torch.bfloat16 and x.dtype != torch.float64:
@@ -51,8 +54,8 @@ def define_autocast(op: torch._ops.OpOverload, read: Callable[..., tuple]) -> No
 
         return run
 
-    for device, key in zip(("cpu", "cuda"), keys, strict=True):
-        library.impl(op, rule(device), key.name)
+    for device, read_there, key in zip(("cpu", "cuda"), (read, read_on_cuda or read), keys, strict=True):
+        library.impl(op, rule(device, read_there), key.name)
 
 
 def as_bfloat16(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
 
+from odn_fast.ops._choose import register_cuda, triton
 from odn_fast.ops._library import (
     as_bfloat16,
     contiguous_like,
@@ -42,8 +43,8 @@ def separable_conv_train(
     variance (C_out,) of the pointwise output, for running statistics, not differentiable, in float32 (float64 for
     float64 x). Arithmetic is in their dtype. An empty batch has y empty and statistics zero.
 
-    Under autocast to bfloat16, x, residual, dw and pw are read as bfloat16. `torch.func` transforms do not see through
-    the op.
+    Under autocast to bfloat16, x, residual, dw and pw are read as bfloat16; on CUDA, x and residual. `torch.func`
+    transforms do not see through the op.
 
     Raises ValueError on shapes, dtypes, devices or strides that do not fit, and where a channel has only one value.
     """
@@ -71,7 +72,7 @@ def separable_conv_infer(
     act_dw, act_pw: "none", "relu", "relu6", "hard_swish" or "silu".
 
     Returns y (N, C_out, H_out, W_out) in x's dtype, channels_last. Arithmetic is in float32 (float64 for float64 x).
-    Under autocast to bfloat16, x, residual, dw and pw are read as bfloat16.
+    Under autocast to bfloat16, x, residual, dw and pw are read as bfloat16; on CUDA, x and residual.
 
     Raises ValueError on shapes, dtypes, devices, strides or activations that do not fit; RuntimeError when
     differentiated.
@@ -186,10 +187,22 @@ def _read_infer(x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, act_pw):
     return x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, act_pw
 
 
+def _read_train_on_cuda(x, dw, pw, bn_weight, bn_bias, residual, stride, eps, relu):
+    """Without the weights: the kernels round those of products on load and use the others as they are."""
+    return as_bfloat16(x), dw, pw, bn_weight, bn_bias, as_bfloat16(residual), stride, eps, relu
+
+
+def _read_infer_on_cuda(x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, act_pw):
+    return as_bfloat16(x), dw, dw_bias, pw, pw_bias, as_bfloat16(residual), stride, act_dw, act_pw
+
+
 library.impl("separable_conv_train", _SeparableConvTrain.apply, "Autograd")
 library.impl("separable_conv_infer", _SeparableConvInfer.apply, "Autograd")
-define_autocast(_train, _read_train)
-define_autocast(_infer, _read_infer)
+define_autocast(_train, _read_train, _read_train_on_cuda)
+define_autocast(_infer, _read_infer, _read_infer_on_cuda)
+register_cuda("separable_conv_train", [triton("separable_conv", "separable_conv_train")])
+register_cuda("separable_conv_infer", [triton("separable_conv", "separable_conv_infer")])
+register_cuda("separable_conv_train_backward", [triton("separable_conv_backward", "separable_conv_train_backward")])
 
 
 def forward_flops(x_shape, dw_shape, pw_shape, stride: int) -> tuple[int, list[int]]:

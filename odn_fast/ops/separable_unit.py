@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
+from odn_fast.ops._choose import register_cuda, triton
 from odn_fast.ops._library import (
     as_bfloat16,
     contiguous_like,
@@ -44,7 +45,7 @@ def separable_unit_train(
 
     Returns y (N, C_out, H_out, W_out) in x's dtype, channels_last, differentiable once; and the means and the biased
     variances (C_out,) of the pointwise outputs of first, second and, if given, skip, as `separable_conv_train` does.
-    Under autocast to bfloat16, x and the convolution weights are read as bfloat16.
+    Under autocast to bfloat16, x and the convolution weights are read as bfloat16; on CUDA, x.
 
     Raises ValueError on shapes, dtypes, devices, counts or strides that do not fit, and where a channel of y has only
     one value.
@@ -132,8 +133,15 @@ def _read(x, first, second, skip, identity, stride, eps):
     return as_bfloat16(x), first, second, [*map(as_bfloat16, skip[:1]), *skip[1:]], identity, stride, eps
 
 
+def _read_on_cuda(x, *others):
+    """x alone: the kernels round the weights of products on load and use the others as they are."""
+    return as_bfloat16(x), *others
+
+
 library.impl("separable_unit_train", _autograd, "Autograd")
-define_autocast(_train, _read)
+define_autocast(_train, _read, _read_on_cuda)
+register_cuda("separable_unit_train", [triton("separable_unit", "separable_unit_train")])
+register_cuda("separable_unit_train_backward", [triton("separable_unit", "separable_unit_train_backward")])
 
 
 @register_flop_formula(torch.ops.odn_fast.separable_unit_train)
