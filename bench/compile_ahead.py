@@ -1,6 +1,6 @@
 """Fill torch.compile's cache on disk with all that the GPU benches compile, many graphs at a time.
 
-    python bench/compile_ahead.py [separable_conv separable_unit channel_attention batch_norm_act]
+    python bench/compile_ahead.py [separable_conv ...]
 
 The benches then wait a second for a graph instead of ten. How long each took here, with so many at a time, goes into the
 results beside the benches' figures: "first_call_s" there is read from this cache.
@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
-BENCHES = ("separable_conv", "separable_unit", "channel_attention", "batch_norm_act")
+BENCHES = ("augment", "batch_norm_act", "channel_attention", "separable_conv", "separable_unit")
 
 
 def compile_case(bench: str, index: int) -> tuple[str, dict[str, float]]:
