@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -67,7 +68,8 @@ def network(batch: int, size: int) -> None:
     from odn_fast.kernels.batch_norm_act import batch_norm_act_train, batch_norm_act_train_backward
     from odn_fast.kernels.channel_attention import channel_attention_loss
     from odn_fast.kernels.exit_heads import exit_heads, exit_heads_backward
-    from odn_fast.kernels.separable_conv import separable_conv_train, separable_conv_train_backward
+    from odn_fast.kernels.separable_conv import separable_conv_train
+    from odn_fast.kernels.separable_conv_backward import separable_conv_train_backward
 
     x = compilation_cases.feature_map("meta", batch, 16, size, size, torch.bfloat16)
     weights = parameters((16, 1, 3, 3), (16, 16, 1, 1), (16,), (16,))
@@ -89,7 +91,10 @@ def main(capability: int, what: str, stems: list[str]) -> None:
         runs = {case.__name__: (case, "meta", what == "all") for case in cases}
     for name, (function, *arguments) in runs.items():
         with compiling(capability) as compiled:
-            function(*arguments)
+            try:
+                function(*arguments)
+            except Exception:
+                print(json.dumps({"of": name, "error": traceback.format_exc()}))
         for kernel in {kernel.hash: kernel for kernel in compiled}.values():
             print(json.dumps({"of": name, "capability": capability, **describe(kernel)}), flush=True)
 
