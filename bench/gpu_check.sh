@@ -66,10 +66,11 @@ if [ "$tests" = 1 ]; then
     files=(tests)
     # Without pydantic only the ops can be tested: a search reads its configuration with it.
     python3 -c 'import pydantic' 2>/dev/null ||
-      files=(tests/test_tune.py $(for op in odn_fast/ops/[a-z]*.py; do ls tests/test_"$(basename "$op" .py)"*.py; done | sort -u))
+      files=(tests/test_tune.py tests/test_choose.py tests/test_cuda_execution.py tests/test_nn.py $(for op in odn_fast/ops/[a-z]*.py; do ls tests/test_"$(basename "$op" .py)"*.py; done | sort -u))
   fi
   parallel=()
-  python3 -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)")
+  # Neighbouring tests launch the same kernels, so that a process with neighbours compiles each of them once.
+  python3 -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)" --dist worksteal)
   step tests python3 -m pytest -q -m gpu --durations 10 "${parallel[@]}" "${files[@]}"
 fi
 

@@ -24,11 +24,23 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call():
-    """What an implementation of a GPU cannot take is skipped with its reasons."""
+    """What an implementation of a GPU cannot take is skipped with its reasons; a kernel's error is its test's."""
     try:
-        return (yield)
+        result = yield
     except CannotRun as error:
         pytest.skip(str(error))
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return result
+
+
+def pytest_runtest_logfinish():
+    """An illegal address or the like ends CUDA in its process. Under pytest-xdist, another process takes over."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture(autouse=True)
