@@ -1,6 +1,7 @@
 """Exit heads: global average pool, linear layer, cross-entropy and top-1 count of every depth.
 
-One launch forward and one backward, for any number of depths. A kernel finds the tensors of its depth in tuples of
+One launch forward and one backward, for any number of depths; with many classes, PyTorch's matrix products between two
+launches forward. A kernel finds the tensors of its depth in tuples of
 pointers: they are kernel arguments, so that nothing has to be copied to the device before a launch, which capture
 in a CUDA graph would not survive. Tuples are padded to a power of two, so few lengths are ever compiled.
 
@@ -19,6 +20,7 @@ from ._common import counter, dense, is_last, jit, launch, rounded
 from ._tuned import blocks
 
 MOST_CLASSES = 4096
+LARGEST_FUSED = 1 << 16  # elements of a head: each program of the fused launch reads the head of its depth
 MOST_DEPTHS = 64  # pointers and sizes of more do not fit the 4 KB of a kernel's arguments
 
 
@@ -103,9 +105,7 @@ def exit_heads(
         size=max(c * p for c, p in zip(channels, positions, strict=True)),
         default={"TILE": 8192, "STAGES": 4 if depths == 1 else 2, "WEIGHT_TILE": max(8192, block), "num_warps": 8},
     )
-    launch(
-        _forward,
-        (batch, depths),
+    arguments = (
         _padded(features, padded),
         _padded(weights, padded),
         _padded(biases, padded),
@@ -122,11 +122,16 @@ def exit_heads(
         classes,
         depths,
         pooled.shape[1] // vector,
-        DEPTHS=padded,
-        VECTOR=vector,
-        CLASSES=block,
-        **choice,
     )
+    constants = {"DEPTHS": padded, "VECTOR": vector, "CLASSES": block}
+    if classes * max(channels) <= LARGEST_FUSED:
+        launch(_forward, (batch, depths), *arguments, STEPS="all", **constants, **choice)
+    else:
+        launch(_forward, (batch, depths), *arguments, STEPS="pool", **constants, **choice)
+        for depth, pool in enumerate(pooled.split(channels, 1)):
+            weight, bias = weights[depth].float(), biases[depth].float()
+            torch.addmm(bias, pool, weight.t(), out=logit_gradients[depth])
+        launch(_forward, (batch, depths), *arguments, STEPS="loss", **constants, **choice)
     return losses, correct, pooled, logit_gradients
 
 
@@ -148,6 +153,7 @@ def _forward(
     classes,
     depths,
     all_channels,  # sum of C_d / VECTOR
+    STEPS: tl.constexpr,
     DEPTHS: tl.constexpr,
     VECTOR: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -155,35 +161,33 @@ def _forward(
     STAGES: tl.constexpr,
     WEIGHT_TILE: tl.constexpr,
 ):
-    """Program (n, d): image n at depth d. The last program takes the means over the images."""
-    image, depth = tl.program_id(0), tl.program_id(1)
-    C = _size_of(channels, depth, DEPTHS) * VECTOR
-    P = _size_of(positions, depth, DEPTHS)
-    first = _sum_before(channels, depth, DEPTHS) * VECTOR
-    x_ptr = _of(features_ptr, depth, DEPTHS) + image * P * C
-    pool_ptr = pooled_ptr + image * all_channels * VECTOR + first
-    # Loads of all channels of a position are in flight together, up to 512 channels.
-    if C <= 64:
-        _pool(x_ptr, pool_ptr, C, P, TILE // 64, 64, STAGES)
-    elif C <= 256:
-        _pool(x_ptr, pool_ptr, C, P, TILE // 256, 256, STAGES)
-    else:
-        _pool(x_ptr, pool_ptr, C, P, TILE // 512, 512, STAGES)
-    tl.debug_barrier()  # the pooled channels are read by other threads than wrote them
+    """Program (n, d): image n at depth d. The last program takes the means over the images.
 
+    STEPS: "all"; "pool" alone; or "loss" of the logits found in place of their gradients.
+    """
+    image, depth = tl.program_id(0), tl.program_id(1)
+    row = depth * batch + image
     k = tl.arange(0, CLASSES)
     is_class = k < classes
-    c = tl.arange(0, WEIGHT_TILE // CLASSES)
-    w_ptr = _of(weights_ptr, depth, DEPTHS)
-    products = tl.zeros([CLASSES, WEIGHT_TILE // CLASSES], tl.float32)
-    for start in range(0, C, WEIGHT_TILE // CLASSES):
-        is_channel = start + c < C
-        p = tl.load(pool_ptr + start + c, mask=is_channel, other=0.0)
-        inside = is_class[:, None] & is_channel[None, :]
-        w = tl.load(w_ptr + k[:, None] * C + (start + c)[None, :], mask=inside, other=0.0)
-        products += w.to(tl.float32) * p[None, :]
-    bias = tl.load(_of(biases_ptr, depth, DEPTHS) + k, mask=is_class, other=0.0)
-    logits = tl.where(is_class, tl.sum(products, 1) + bias.to(tl.float32), float("-inf"))
+    if STEPS == "loss":
+        logits = tl.load(logit_gradients_ptr + row * classes + k, mask=is_class, other=float("-inf"))
+    else:
+        C = _size_of(channels, depth, DEPTHS) * VECTOR
+        P = _size_of(positions, depth, DEPTHS)
+        x_ptr = _of(features_ptr, depth, DEPTHS) + image * P * C
+        pool_ptr = pooled_ptr + (image * all_channels + _sum_before(channels, depth, DEPTHS)) * VECTOR
+        # Loads of all channels of a position are in flight together, up to 512 channels.
+        if C <= 64:
+            _pool(x_ptr, pool_ptr, C, P, TILE // 64, 64, STAGES)
+        elif C <= 256:
+            _pool(x_ptr, pool_ptr, C, P, TILE // 256, 256, STAGES)
+        else:
+            _pool(x_ptr, pool_ptr, C, P, TILE // 512, 512, STAGES)
+        if STEPS == "pool":
+            return
+        tl.debug_barrier()  # the pooled channels are read by other threads than wrote them
+        w_ptr, bias_ptr = _of(weights_ptr, depth, DEPTHS), _of(biases_ptr, depth, DEPTHS)
+        logits = _logits(pool_ptr, w_ptr, bias_ptr, k, classes, C, WEIGHT_TILE // CLASSES)
 
     largest = tl.max(logits, 0)
     exponentials = tl.where(is_class, tl.exp(logits - largest), 0.0)
@@ -191,7 +195,6 @@ def _forward(
     target = tl.load(target_ptr + image)
     is_target = k == target
     gradient = (exponentials / total - tl.where(is_target, 1.0, 0.0)) / batch
-    row = depth * batch + image
     tl.store(logit_gradients_ptr + row * classes + k, gradient, mask=is_class)
 
     loss = largest + tl.log(total) - tl.sum(tl.where(is_target, logits, 0.0), 0)
@@ -215,6 +218,20 @@ def _pool(x_ptr, pool_ptr, channels, positions, POSITIONS: tl.constexpr, CHANNEL
             inside = (p < positions)[:, None] & (c < channels)[None, :]
             sums += tl.load(x_ptr + p[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(pool_ptr + c, tl.sum(sums, 0) / positions, mask=c < channels)
+
+
+@triton.jit
+def _logits(pool_ptr, w_ptr, bias_ptr, k, classes, channels, CHANNELS: tl.constexpr):
+    """Of one image, [k.shape[0]]; minus infinity beyond the classes."""
+    products = tl.zeros([k.shape[0], CHANNELS], tl.float32)
+    for start in range(0, channels, CHANNELS):
+        c = start + tl.arange(0, CHANNELS)
+        p = tl.load(pool_ptr + c, mask=c < channels, other=0.0)
+        inside = (k < classes)[:, None] & (c < channels)[None, :]
+        w = tl.load(w_ptr + k[:, None] * channels + c[None, :], mask=inside, other=0.0)
+        products += w.to(tl.float32) * p[None, :]
+    bias = tl.load(bias_ptr + k, mask=k < classes, other=0.0)
+    return tl.where(k < classes, tl.sum(products, 1) + bias.to(tl.float32), float("-inf"))
 
 
 @triton.jit
@@ -263,7 +280,7 @@ def exit_heads_backward(
         pooled_gradients[0],
         same=(padded, triton.next_power_of_2(classes), vector),
         size=max(channels),
-        default={"CHANNELS": 32, "CLASSES": 16, "IMAGES": 64, "num_warps": 4},
+        default={"CHANNELS": 32, "CLASSES": 16 if classes <= 64 else 64, "IMAGES": 64, "num_warps": 4},
     )
     image_blocks = triton.cdiv(batch, choice["IMAGES"])
     launch(

@@ -15,8 +15,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # name: batch, classes, (C, H, W) of every depth
 SHAPES = {
-    "odd": (4, 10, [(3, 7, 5), (17, 4, 4), (1, 3, 9)]),
-    "wide": (2, 12, [(520, 2, 3), (264, 1, 1)]),
+    "odd": (3, 10, [(3, 7, 5), (17, 4, 4), (1, 3, 9)]),
+    "wide": (2, 12, [(520, 2, 3), (72, 1, 1)]),
     "one_of_everything": (1, 1, [(1, 1, 1)]),
 }
 
@@ -52,9 +52,13 @@ def check(inputs):
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product((torch.float32, torch.bfloat16), repeat=2)), ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_accuracy(shape, dtypes):
-    check(make_inputs(shape, *dtypes))
+def test_accuracy(dtypes):
+    check(make_inputs("odd", *dtypes))
+
+
+@pytest.mark.parametrize("shape", ["wide", "one_of_everything"])
+def test_accuracy_of_other_shapes(shape):
+    check(make_inputs(shape, torch.bfloat16))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -71,7 +75,13 @@ def test_sums_over_several_blocks(stages):
     forward = {"TILE": 4096, "STAGES": stages, "WEIGHT_TILE": 256}
     backward = {"CHANNELS": 16, "CLASSES": 16, "IMAGES": 16}
     with _tuned.forced("exit_heads_forward", forward), _tuned.forced("exit_heads_backward", backward):
-        check(make_inputs((18, 20, [(24, 9, 8)])))
+        check(make_inputs((17, 20, [(24, 9, 8)])))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_large_heads_in_several_launches(dtypes, monkeypatch):
+    monkeypatch.setattr(kernels, "LARGEST_FUSED", 0)
+    check(make_inputs("odd", *dtypes))
 
 
 def test_slopes_may_be_expanded():
@@ -129,10 +139,10 @@ def test_huge_logits_do_not_overflow():
 def test_targets_that_are_no_class_harm_no_other_image():
     features, weights, biases, target = make_inputs()
     expected = kernels.exit_heads(features, weights, biases, target)
-    target[1], target[2] = -1, 10
+    target[0], target[2] = -1, 10
     results = kernels.exit_heads(features, weights, biases, target)
-    assert torch.equal(results[3][:, [0, 3]], expected[3][:, [0, 3]])
-    assert (results[1] <= 2).all()
+    assert torch.equal(results[3][:, 1], expected[3][:, 1])
+    assert (results[1] <= 1).all()
 
 
 def test_empty_batch():
