@@ -99,7 +99,8 @@ def use_implementation(name: str, reference: ModuleType) -> Iterator[None]:
 def _on_gpu(name: str, reference: ModuleType) -> Iterator[None]:
     """Tensors are made on the GPU, and PyTorch's own layers compute there in the dtype they are given."""
     ops = [op for op, function in references.items() if function.__module__ == reference.__name__]
-    if not any(name == implementation.name for op in ops for implementation in _choose._implementations.get(op, ())):
+    ops = [op for op in ops if any(name == one.name for one in _choose._implementations.get(op, ()))]
+    if not ops:
         pytest.skip(f"{reference.__name__.rpartition('.')[2]} has no implementation {name}")
     with ExitStack() as stack:
         # cuDNN may compute a convolution by transforms, whose NaN spreads and whose rounding is another.
@@ -107,7 +108,7 @@ def _on_gpu(name: str, reference: ModuleType) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "(?s).*deterministic")  # what PyTorch's own layers are need not be
         stack.enter_context(torch.device("cuda"))
-        stack.enter_context(_choose.using(name))
+        stack.enter_context(_choose.using(name, *ops))
         yield
 
 

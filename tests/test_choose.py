@@ -8,6 +8,7 @@ import torch
 
 from odn_fast.ops import _choose
 from odn_fast.ops._choose import NAMES, CannotRun, Implementation, chosen, reasons, using
+from odn_fast.ops._library import references
 
 pytest.importorskip("triton", reason="the real reasons are those of Triton kernels, and Triton is not installed")
 
@@ -67,6 +68,17 @@ def test_using_can_be_nested_and_ends_with_its_block():
             raise KeyError
         assert chosen("op", candidates, ()).name == "reference"
     assert chosen("op", candidates, ()).name == "cuda"
+
+
+def test_one_op_may_be_forced_alone():
+    candidates = [implementation("cuda"), implementation("triton"), REFERENCE]
+    with using("triton", "one", "two"):
+        assert [chosen(op, candidates, ()).name for op in ("one", "two", "three")] == ["triton", "triton", "cuda"]
+        with using("reference", "two"):
+            assert [chosen(op, candidates, ()).name for op in ("one", "two", "three")] == ["triton", "reference", "cuda"]
+        with using("reference"):
+            assert [chosen(op, candidates, ()).name for op in ("one", "two", "three")] == ["reference"] * 3
+    assert chosen("one", candidates, ()).name == "cuda"
 
 
 def test_cpu_tensors_are_not_concerned():
@@ -155,7 +167,8 @@ print(triton("batch_norm_act", "batch_norm_act_train").why_not(1))
     assert done.stdout.strip() == "['Triton is not installed; get it with: pip install triton']", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("op", sorted(_choose._implementations))
-def test_every_op_ends_with_its_reference(op):
-    assert [i.name for i in _choose._implementations[op]][-1] == "reference"
+@pytest.mark.parametrize("op", references)
+def test_every_op_has_a_triton_kernel_and_ends_with_its_reference(op):
+    names = [candidate.name for candidate in _choose._implementations[op]]
+    assert "triton" in names and names[-1] == "reference" and set(names) <= set(NAMES)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"odn_fast::{op}", "CUDA")

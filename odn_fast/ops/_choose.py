@@ -15,7 +15,7 @@ import torch
 from odn_fast.ops._library import library, references, without_autocast
 
 NAMES = ("cuda", "triton", "reference")
-_forced: str | None = None
+_forced: dict[str | None, str] = {}  # names, by op; None stands for every op that has no entry
 
 
 class CannotRun(RuntimeError):
@@ -32,10 +32,10 @@ class Implementation:
 
 
 @contextlib.contextmanager
-def using(name: str) -> Iterator[None]:
+def using(name: str, *ops: str) -> Iterator[None]:
     """Inside the block, ops on CUDA tensors run on the implementation `name`: "cuda", "triton" or "reference".
 
-    Process-wide, so that backward passes, which run on threads of their own, follow. Ops called inside raise
+    ops: the dispatcher ops meant, by name (backward passes are ops of their own); none means all. Process-wide, so that backward passes, which run on threads of their own, follow. Ops called inside raise
     CannotRun, a RuntimeError, with all reasons where that implementation cannot take the arguments. CPU tensors are
     not concerned.
 
@@ -44,7 +44,7 @@ def using(name: str) -> Iterator[None]:
     global _forced
     if name not in NAMES:
         raise ValueError(f"using: implementation is {name!r}, expected one of {', '.join(NAMES)}")
-    previous, _forced = _forced, name
+    previous, _forced = _forced, {**_forced, **dict.fromkeys(ops, name)} if ops else {None: name}
     try:
         yield
     finally:
@@ -100,16 +100,17 @@ def register_cuda(op: str, implementations: Sequence[Implementation]) -> None:
 
 def chosen(op: str, candidates: Sequence[Implementation], args: tuple) -> Implementation:
     """The first candidate that can run, or the forced one."""
+    forced = _forced.get(op, _forced.get(None)) if _forced else None
     for implementation in candidates:
-        if _forced not in (None, implementation.name):
+        if forced not in (None, implementation.name):
             continue
         why_not = implementation.why_not(*args)
         if not why_not:
             return implementation
-        if _forced:
-            raise CannotRun(f"{op}: {_forced} was asked for and cannot run: {'; '.join(why_not)}")
+        if forced:
+            raise CannotRun(f"{op}: {forced} was asked for and cannot run: {'; '.join(why_not)}")
     raise CannotRun(
-        f"{op}: {_forced} was asked for and there is none; there are {', '.join(c.name for c in candidates)}"
+        f"{op}: {forced} was asked for and there is none; there are {', '.join(c.name for c in candidates)}"
     )
 
 
