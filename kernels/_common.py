@@ -104,6 +104,16 @@ def compiling(capability: int, warp_size: int = 32) -> Iterator[list]:
         _recorded = None
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, like its next_power_of_2, takes microseconds, as long as a launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def processors(tensor: Tensor) -> int:
     """Multiprocessors of the tensor's device: what a persistent grid is a multiple of."""
     if tensor.device.type == "cuda":
