@@ -18,7 +18,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t pixels_worth_a_thread = 1 << 15;  // below these, a second thread costs more than it brings
+constexpr int64_t values_worth_a_thread = 1 << 17;  // below these, a second thread costs more than it brings
+constexpr int64_t most_ahead = 1 << 14;  // bytes
 constexpr int64_t most_padding = 1 << 20;
 
 const Functions& functions_for(at::ScalarType dtype) {
@@ -81,10 +82,13 @@ Tensor augment(const Tensor& images, const Tensor& index_any_strides, const Tens
   const Tensor scales = repeated(scale, functions.lanes), shifts = repeated(shift, functions.lanes);
   const Tensor y = at::empty({count, channels, height, width},
                              images.options().dtype(dtype).memory_format(at::MemoryFormat::ChannelsLast));
+  // An image among others that are not wanted comes from memory. Of one whose pixels are far apart, no piece is asked for.
+  const int64_t furthest = (channels - 1) * images.stride(1) + (height - 1) * images.stride(2) + (width - 1) * images.stride(3);
+  const int64_t ahead = furthest < channels * height * width ? std::min(furthest + 1, most_ahead) : 0;
   const Batch batch{images.const_data_ptr<uint8_t>(), images.stride(0), images.stride(1), images.stride(2), images.stride(3),
-                    channels, height, width, places, padding || flip ? key.const_data_ptr<int64_t>() : nullptr, padding, flip,
+                    channels, height, width, ahead, places, padding || flip ? key.const_data_ptr<int64_t>() : nullptr, padding, flip,
                     scales.const_data_ptr(), shifts.const_data_ptr(), y.mutable_data_ptr()};
-  at::parallel_for(0, count, pixels_worth_a_thread / (channels * height * width) + 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, count, values_worth_a_thread / (channels * height * width) + 1, [&](int64_t first, int64_t last) {
     const auto workspace = std::make_unique_for_overwrite<char[]>(functions.workspace(batch));
     functions.run(batch, first, last, workspace.get());
   });

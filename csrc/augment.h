@@ -13,6 +13,7 @@ struct Batch {
   const uint8_t* images;  // (M, C, H, W), strides below, in elements
   int64_t image_stride, channel_stride, row_stride, column_stride;
   int64_t channels, height, width;
+  int64_t ahead;  // bytes to ask for of an image before its turn comes, from its first on
   const int64_t* index;  // (N), each in [0, M)
   const int64_t* key;    // (2), seed and epoch; null where nothing is random
   int64_t padding;

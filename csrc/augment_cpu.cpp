@@ -12,6 +12,7 @@ namespace {
 using namespace odn_fast::ODN_FAST_INSTRUCTION_SET;
 
 constexpr int64_t band_bytes = 1 << 14;
+constexpr int64_t bytes_ahead = 1 << 11;  // less takes less time than memory to answer
 
 int64_t rows_per_band(const Batch& p) { return larger(1, smaller(p.height, band_bytes / (p.width * p.channels))); }
 
@@ -73,8 +74,17 @@ void copy_pixels(uint8_t* to, const uint8_t* from, int64_t pixels, int64_t chann
   copy_strided(to, from, pixels, channels, channel_stride, step);
 }
 
+// Whether rows of the images lie in memory as they do in the result, one after the other.
+bool in_order(const Batch& p) {
+  return (p.channels == 1 || p.channel_stride == 1) && p.column_stride == p.channels && p.row_stride == p.width * p.channels;
+}
+
 // Rows [first, last) of a crop, as (row, column, channel).
 void gather(const Batch& p, const uint8_t* image, const Crop& crop, int64_t first, int64_t last, uint8_t* to) {
+  if (!p.key && in_order(p)) {
+    __builtin_memcpy(to, image + first * p.row_stride, (last - first) * p.row_stride);
+    return;
+  }
   // Columns [begin, end) of the result show the image.
   const int64_t begin = smaller(larger(crop.mirror ? crop.column : -crop.column, 0), p.width);
   const int64_t end = larger(smaller(p.width + (crop.mirror ? crop.column : -crop.column), p.width), begin);
@@ -85,10 +95,10 @@ void gather(const Batch& p, const uint8_t* image, const Crop& crop, int64_t firs
       __builtin_memset(to, 0, p.width * p.channels);
       continue;
     }
-    __builtin_memset(to, 0, begin * p.channels);
+    if (begin > 0) __builtin_memset(to, 0, begin * p.channels);
     copy_pixels(to + begin * p.channels, image + from * p.row_stride + column * p.column_stride, end - begin, p.channels,
                 p.channel_stride, crop.mirror ? -p.column_stride : p.column_stride);
-    __builtin_memset(to + end * p.channels, 0, (p.width - end) * p.channels);
+    if (end < p.width) __builtin_memset(to + end * p.channels, 0, (p.width - end) * p.channels);
   }
 }
 
@@ -131,8 +141,13 @@ template <typename Storage>
 void run(const Batch& p, int64_t first, int64_t last, void* memory) {
   uint8_t* bytes = static_cast<uint8_t*>(memory);
   const int64_t band = rows_per_band(p), row_size = p.width * p.channels;
+  const int64_t images_ahead = p.ahead > 0 ? 1 + bytes_ahead / p.ahead : 1;
   for (int64_t n = first; n < last; ++n) {
     const uint8_t* image = p.images + p.index[n] * p.image_stride;
+    if (n + images_ahead < last) {
+      const uint8_t* next = p.images + p.index[n + images_ahead] * p.image_stride;
+      for (int64_t byte = 0; byte < p.ahead; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+    }
     const Crop crop = draw(p, p.index[n]);
     Storage* y = static_cast<Storage*>(p.y) + n * p.height * row_size;
     for (int64_t row = 0; row < p.height; row += band) {
