@@ -1,9 +1,9 @@
 """Exit heads: global average pool, linear layer, cross-entropy and top-1 count of every depth.
 
 One launch forward and one backward, for any number of depths; with many classes, PyTorch's matrix products between two
-launches forward. A kernel finds the tensors of its depth in tuples of
-pointers: they are kernel arguments, so that nothing has to be copied to the device before a launch, which capture
-in a CUDA graph would not survive. Tuples are padded to a power of two, so few lengths are ever compiled.
+launches forward. A kernel finds the tensors of its depth in tuples of pointers. Those are kernel arguments: a table in
+memory would have to be copied to the GPU before a launch, which is a launch of its own and, captured in a CUDA graph,
+would read host memory at every replay. Tuples are padded to a power of two, so few lengths are ever compiled.
 
     z = W mean(x) + b        loss = mean over images of log sum exp(z) - z[target]        dloss/dz = (softmax(z) - onehot) / N
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import counter, dense, is_last, jit, launch, rounded
+from ._common import cdiv, counter, dense, is_last, jit, launch, next_power_of_2, rounded
 from ._tuned import blocks
 
 MOST_CLASSES = 4096
@@ -30,8 +30,11 @@ def why_not(function: str, *args) -> list[str]:
         features, weights, biases, target = args
         if not features:
             return ["features is empty"]
-        classes, reasons = len(weights[0]), _same_dtype(weights, "weights") + _same_dtype(biases, "biases")
+        classes, reasons = weights[0].shape[0], _same_dtype(weights, "weights") + _same_dtype(biases, "biases")
         reasons += _same_dtype(features, "features")
+        logits = len(weights) * target.shape[0] * classes
+        if logits > _common.LARGEST:
+            reasons.append(f"there are {logits} logits; the Triton kernels index at most {_common.LARGEST}")
         reasons += _common.why_not(features=max(features, key=Tensor.numel), weights=weights[0], biases=biases[0])
     else:
         grad_losses, pooled, logit_gradients, weights, positions, feature_dtype = args
@@ -84,19 +87,18 @@ def exit_heads(
     """
     features, weights, biases = [[dense(x) for x in tensors] for tensors in (features, weights, biases)]
     target = dense(target)
-    depths, batch, classes = len(features), len(target), len(weights[0])
+    depths, batch, classes = len(features), target.shape[0], weights[0].shape[0]
     channels = [weight.shape[1] for weight in weights]
-    new = features[0].new_empty
-    losses = new(depths, dtype=torch.float32)
+    losses = torch.empty(depths, dtype=torch.float32, device=target.device)
     correct = target.new_empty(depths)
-    pooled = new((batch, sum(channels)), dtype=torch.float32)
-    logit_gradients = new((depths, batch, classes), dtype=torch.float32)
+    pooled = losses.new_empty(batch, sum(channels))
+    logit_gradients = losses.new_empty(depths, batch, classes)
     if batch == 0:
         return losses.fill_(math.nan), correct.zero_(), pooled, logit_gradients
 
     vector = math.gcd(8, *channels)
-    block = triton.next_power_of_2(classes)
-    padded = triton.next_power_of_2(depths)
+    block = next_power_of_2(classes)
+    padded = next_power_of_2(depths)
     positions = [feature.shape[2] * feature.shape[3] for feature in features]
     choice = blocks(
         "exit_heads_forward",
@@ -114,7 +116,7 @@ def exit_heads(
         target,
         pooled,
         logit_gradients,
-        new(2 * depths * batch, dtype=torch.float32),
+        losses.new_empty(2 * depths * batch),
         losses,
         correct,
         counter(target),
@@ -198,9 +200,8 @@ def _forward(
     tl.store(logit_gradients_ptr + row * classes + k, gradient, mask=is_class)
 
     loss = largest + tl.log(total) - tl.sum(tl.where(is_target, logits, 0.0), 0)
-    predicted = tl.min(tl.where(logits == largest, k, CLASSES), 0)
-    has_nan = tl.max((logits != logits).to(tl.int32), 0)
-    hit = tl.where((predicted == target) & (has_nan == 0), 1.0, 0.0)
+    predicted = tl.min(tl.where(logits != logits, -1, tl.where(logits == largest, k, CLASSES)), 0)  # -1 with a NaN
+    hit = tl.where((predicted == target) & (predicted >= 0), 1.0, 0.0)
     tl.store(parts_ptr + row, loss)
     tl.store(parts_ptr + depths * batch + row, hit)
     if is_last(counter_ptr, batch * depths):
@@ -268,26 +269,25 @@ def exit_heads_backward(
     weights = [dense(weight) for weight in weights]
     depths, batch, classes = logit_gradients.shape
     channels = [weight.shape[1] for weight in weights]
-    new = pooled.new_empty
-    pooled_gradients = [new((batch, c, 1, 1), dtype=feature_dtype) for c in channels]
+    pooled_gradients = [pooled.new_empty(batch, c, 1, 1, dtype=feature_dtype) for c in channels]
     weight_gradients = [torch.empty_like(weight) for weight in weights]
-    bias_gradients = new((depths, classes))
+    bias_gradients = pooled.new_empty(depths, classes)
 
     vector = math.gcd(8, *channels)
-    padded = triton.next_power_of_2(depths)
+    padded = next_power_of_2(depths)
     choice = blocks(
         "exit_heads_backward",
         pooled_gradients[0],
-        same=(padded, triton.next_power_of_2(classes), vector),
+        same=(padded, next_power_of_2(classes), vector),
         size=max(channels),
         default={"CHANNELS": 32, "CLASSES": 16 if classes <= 64 else 64, "IMAGES": 64, "num_warps": 4},
     )
-    image_blocks = triton.cdiv(batch, choice["IMAGES"])
+    image_blocks = cdiv(batch, choice["IMAGES"])
     launch(
         _backward,
         (
-            max(1, triton.cdiv(max(channels), choice["CHANNELS"])),
-            image_blocks + triton.cdiv(classes, choice["CLASSES"]),
+            max(1, cdiv(max(channels), choice["CHANNELS"])),
+            image_blocks + cdiv(classes, choice["CLASSES"]),
             depths,
         ),
         _padded(weights, padded),
