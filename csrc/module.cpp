@@ -34,6 +34,7 @@ PYBIND11_MODULE(_C, module) {
   py::dict build;
   build["torch"] = ODN_FAST_TORCH_VERSION;
   build["compiler"] = ODN_FAST_COMPILER;
+  build["CUDA"] = ODN_FAST_CUDA_BUILD;  // the compiler's version and architectures, or "left out: " and why
   module.attr("build_information") = build;
   module.def("parallel_threads", &parallel_threads);
   module.def("instruction_sets", &odn_fast::instruction_sets);

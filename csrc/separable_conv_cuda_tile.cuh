@@ -1,0 +1,453 @@
+// Separable convolution on CUDA devices: what a block does with its tiles of the output: load, convolve, store.
+//
+// A block of eight warps walks over tiles of the output. The region of x that a tile needs is copied to shared memory
+// while the tile before it is worked on. Two phases follow, with a barrier between them: each warp takes a step of 16
+// input channels and computes the depthwise output of 32 pixels in the registers' order of the tensor cores' operand
+// A, which goes to shared memory as it is; then each warp takes a chunk of output channels and 32 pixels, multiplies,
+// and stores. A lane's four pixels are a square of 2x2, so that it reads 16 instead of 36 values per channel.
+//
+// Operands of mma.m16n8k16, g = lane / 4 and t = lane % 4: rows are pixels, of which a lane has g and g + 8; the
+// channels k = 2t, 2t + 1, 2t + 8, 2t + 9 of A and B are channels 4t .. 4t + 3 of the step, which are adjacent in
+// memory. Columns n of the tiles of a chunk are permuted likewise: a lane ends with adjacent output channels.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "separable_conv_cuda.h"
+
+namespace odn_fast::separable_conv_cuda {
+namespace {
+
+constexpr int warps = 8;
+constexpr int threads = warps * 32;
+constexpr int blocks_per_processor = 2;
+constexpr int group_pixels = 32;  // what a warp works on at a time: eight squares
+constexpr int step_channels = 16;
+constexpr int most_channels = 256;
+constexpr int padding_bytes = 16;  // after every pixel of a region, against bank conflicts
+
+struct Tiling {
+  int images, tile_height, tile_width;  // a tile: these outputs of so many images
+  int region_height, region_width;      // what it reads of each
+  int tiles_y, tiles_x, tiles;
+  int groups;   // of pixels in a tile, those outside of the images included
+  int buffers;  // regions in shared memory, 1 or 2
+  int shared_bytes;
+  unsigned by_parts, by_region_height;  // for `divided`: in_channels / 8, region_height
+};
+
+struct Arguments {
+  Convolution convolution;
+  Tiling tiling;
+  const float* in_scale;
+  const float* in_shift;
+  Parameter dw_bias, pw_bias;
+  const __nv_bfloat16* residual;
+  Activation act_dw, act_pw;
+  __nv_bfloat16* output;
+};
+
+// a / b, from inverse(b), for small values: a * b < 2^20.
+unsigned inverse(int b) { return (1u << 20) / b + 1; }
+__device__ int divided(int a, unsigned by) { return static_cast<int>(a * by >> 20); }
+
+__device__ float value(const Parameter& parameter, int index) {
+  return parameter.bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(parameter.data)[index])
+                            : static_cast<const float*>(parameter.data)[index];
+}
+
+__device__ uint32_t pack(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ float relu(float v) { return v < 0 ? 0 : v; }  // NaN stays NaN
+
+template <int COUNT>
+__device__ void activate(float (&v)[COUNT], Activation activation) {
+  const auto clipped = [](float u, float top) { return u < 0 ? 0 : (u > top ? top : u); };
+  switch (activation) {
+    case Activation::none: return;
+    case Activation::relu:
+#pragma unroll
+      for (float& u : v) u = relu(u);
+      return;
+    case Activation::relu6:
+#pragma unroll
+      for (float& u : v) u = clipped(u, 6);
+      return;
+    case Activation::hard_swish:
+#pragma unroll
+      for (float& u : v) u *= clipped(u + 3, 6) * (1 / 6.0f);
+      return;
+    case Activation::silu:
+#pragma unroll
+      for (float& u : v) u = __fdividef(u, 1 + __expf(-u));
+      return;
+  }
+}
+
+// ---- loading
+
+// 16 bytes, zeros where they are not there; `source` is a valid address in any case.
+__device__ void copy_async(unsigned char* target, const void* source, bool there) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(source), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ void close_group() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+template <int PENDING>
+__device__ void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
+}
+
+struct Place {  // of a tile
+  int image, y, x;  // first image, first output row and column
+};
+
+__device__ Place place(const Tiling& tiling, int tile) {
+  const int x = tile % tiling.tiles_x, rest = tile / tiling.tiles_x;
+  return {rest / tiling.tiles_y * tiling.images, rest % tiling.tiles_y * tiling.tile_height, x * tiling.tile_width};
+}
+
+// Calls work(offset in the region, the 16 bytes of x or null outside of it, first channel) for this thread's share.
+template <typename Work>
+__device__ void for_region(const Arguments& p, const Place& tile, Work&& work) {
+  const Convolution& c = p.convolution;
+  const Tiling& tiling = p.tiling;
+  const int parts = c.in_channels / 8, pixel_bytes = c.in_channels * 2 + padding_bytes;
+  const int lane = threadIdx.x % 32;
+  const int first_pixel = divided(lane, tiling.by_parts), first_part = lane - first_pixel * parts;
+  const int step_pixels = divided(32, tiling.by_parts), step_parts = 32 - step_pixels * parts;
+  for (int row = threadIdx.x / 32; row < tiling.images * tiling.region_height; row += warps) {
+    const int image = divided(row, tiling.by_region_height);
+    const int y = tile.y * c.stride - 1 + row - image * tiling.region_height;
+    const int left = tile.x * c.stride - 1;
+    const bool row_there = tile.image + image < c.batch && y >= 0 && y < c.height;
+    const __nv_bfloat16* source =
+        static_cast<const __nv_bfloat16*>(c.x) + ((tile.image + image) * c.height + y) * c.width * c.in_channels;
+    for (int pixel = first_pixel, part = first_part; pixel < tiling.region_width;) {
+      const int x = left + pixel;
+      const bool there = row_there && x >= 0 && x < c.width;
+      work((row * tiling.region_width + pixel) * pixel_bytes + part * 16,
+           there ? source + x * c.in_channels + part * 8 : nullptr, part * 8);
+      pixel += step_pixels;
+      part += step_parts;
+      if (part >= parts) {
+        part -= parts;
+        pixel++;
+      }
+    }
+  }
+}
+
+__device__ void load_region(const Arguments& p, const Place& tile, unsigned char* region) {
+  for_region(p, tile, [&](int offset, const __nv_bfloat16* source, int) {
+    copy_async(region + offset, source ? source : p.convolution.x, source);
+  });
+}
+
+// In place, by the thread that copied; padding stays zero.
+__device__ void normalise_region(const Arguments& p, const Place& tile, unsigned char* region) {
+  for_region(p, tile, [&](int offset, const __nv_bfloat16* source, int channel) {
+    if (!source) return;
+    uint4 values = *reinterpret_cast<uint4*>(region + offset);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(&values);
+    const float* scale = p.in_scale + channel;
+    const float* shift = p.in_shift + channel;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      pairs[i] = pack(relu(low(pairs[i]) * scale[2 * i] + shift[2 * i]),
+                      relu(high(pairs[i]) * scale[2 * i + 1] + shift[2 * i + 1]));
+    }
+    *reinterpret_cast<uint4*>(region + offset) = values;
+  });
+}
+
+// The pointwise weights in the order in which lanes read them: (chunk, step, pair of n tiles, lane) of 16 bytes.
+template <int NTILES>
+__device__ void load_weights(const Convolution& c, uint4* weights) {
+  const int steps = c.in_channels / step_channels;
+  for (int i = threadIdx.x; i < c.in_channels * c.out_channels / 8; i += threads) {
+    const int lane = i % 32, g = lane / 4, t = lane % 4;
+    const int pair = i / 32 % (NTILES / 2), rest = i / (32 * (NTILES / 2));
+    const int step = rest % steps, chunk = rest / steps;
+    uint32_t values[4];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = chunk * 8 * NTILES + 2 * NTILES * (g / 2) + 2 * (2 * pair + half) + g % 2;
+      const int first = row * c.in_channels + step * step_channels + 4 * t;
+      values[2 * half] = pack(value(c.pw, first), value(c.pw, first + 1));
+      values[2 * half + 1] = pack(value(c.pw, first + 2), value(c.pw, first + 3));
+    }
+    weights[i] = {values[0], values[1], values[2], values[3]};
+  }
+}
+
+// Where the squares of a tile lie: offset in the region, and image, row and column in the tile.
+struct Square {
+  int offset;
+  short image, y, x;
+};
+
+__device__ void find_squares(const Arguments& p, Square* squares) {
+  const Tiling& tiling = p.tiling;
+  const int columns = tiling.tile_width / 2, rows = tiling.tile_height / 2;
+  for (int i = threadIdx.x; i < tiling.groups * 8; i += threads) {
+    const int column = i % columns, rest = i / columns;
+    const int image = rest / rows, row = rest % rows;
+    const bool there = image < tiling.images;  // else it is computed from the first one's region, and dropped
+    const int stride = p.convolution.stride;
+    const int offset = there ? ((image * tiling.region_height + 2 * stride * row) * tiling.region_width + 2 * stride * column) *
+                                   (p.convolution.in_channels * 2 + padding_bytes)
+                             : 0;
+    squares[i] = {offset, static_cast<short>(there ? image : 0x7000), static_cast<short>(2 * row), static_cast<short>(2 * column)};
+  }
+}
+
+// ---- the two phases
+
+// The depthwise output of one square for four channels, as operand A of its two rows.
+template <int STRIDE>
+__device__ void stencil(const unsigned char* source, int row_bytes, int pixel_bytes, const float (&weights)[9][4],
+                        const float (&bias)[4], Activation activation, uint4 (&operand)[2]) {
+  float sums[16];  // (row, column, channel)
+#pragma unroll
+  for (int i = 0; i < 16; i++) sums[i] = bias[i % 4];
+#pragma unroll
+  for (int row = 0; row < STRIDE + 3; row++) {
+#pragma unroll
+    for (int column = 0; column < STRIDE + 3; column++) {
+      const uint2 pairs = *reinterpret_cast<const uint2*>(source + row * row_bytes + column * pixel_bytes);
+      const float values[4] = {low(pairs.x), high(pairs.x), low(pairs.y), high(pairs.y)};
+#pragma unroll
+      for (int output = 0; output < 4; output++) {
+        const int i = row - output / 2 * STRIDE, j = column - output % 2 * STRIDE;
+        if (i < 0 || i > 2 || j < 0 || j > 2) continue;
+#pragma unroll
+        for (int k = 0; k < 4; k++) sums[4 * output + k] += values[k] * weights[3 * i + j][k];
+      }
+    }
+  }
+  activate(sums, activation);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float* left = sums + 8 * i;
+    const float* right = left + 4;
+    operand[i] = {pack(left[0], left[1]), pack(right[0], right[1]), pack(left[2], left[3]), pack(right[2], right[3])};
+  }
+}
+
+__device__ void multiply(float (&sums)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// 2 * NTILES adjacent bfloat16 values of one pixel.
+template <int NTILES>
+struct Packed {
+  uint32_t pairs[NTILES];
+
+  __device__ void load(const __nv_bfloat16* source) {
+    if constexpr (NTILES == 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(source);
+      pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
+    } else {
+      const uint2 v = *reinterpret_cast<const uint2*>(source);
+      pairs[0] = v.x, pairs[1] = v.y;
+    }
+  }
+  __device__ void store(__nv_bfloat16* target) const {
+    if constexpr (NTILES == 4) {
+      *reinterpret_cast<uint4*>(target) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    } else {
+      *reinterpret_cast<uint2*>(target) = {pairs[0], pairs[1]};
+    }
+  }
+};
+
+// What a lane has seen of its channels: sums of z - pivot and of its square. The pivot is a value of z, so that means
+// far from zero cost no digits.
+template <int CHANNELS>
+struct Sums {
+  float sum[CHANNELS], square[CHANNELS];
+  int count;  // of the warp
+};
+
+// In shared memory, because registers are short.
+template <int NTILES, bool TRAIN>
+struct Constants {
+  alignas(16) float output[warps][8 * NTILES];  // for each channel of a warp's chunk: its pivot; its bias at inference
+  alignas(16) float dw_bias[TRAIN ? 1 : most_channels];
+
+  __device__ float* of_lane() { return output[threadIdx.x / 32] + threadIdx.x % 4 * 2 * NTILES; }
+};
+
+template <int COUNT>
+__device__ void read(const float* source, float (&values)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(source + i);
+    values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+  }
+}
+
+// All tiles of this block: z or y stored; for TRAIN the lane's statistics, of chunk warp % chunks.
+template <int STRIDE, int NTILES, bool TRAIN>
+__device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NTILES, TRAIN>& constants,
+                         Sums<2 * NTILES>& seen) {
+  constexpr int lane_channels = 2 * NTILES;
+  const Convolution& c = p.convolution;
+  const Tiling& tiling = p.tiling;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int steps = c.in_channels / step_channels, chunks = c.out_channels / (8 * NTILES);
+  const int pixel_bytes = c.in_channels * 2 + padding_bytes, row_bytes = tiling.region_width * pixel_bytes;
+  const int region_bytes = tiling.images * tiling.region_height * row_bytes;
+
+  unsigned char* regions = shared;
+  uint4* weights = reinterpret_cast<uint4*>(regions + tiling.buffers * region_bytes);
+  uint4* depthwise = weights + c.in_channels * c.out_channels / 8;
+  Square* squares = reinterpret_cast<Square*>(depthwise + tiling.groups * steps * 64);
+
+  Place here = place(tiling, blockIdx.x);
+  load_region(p, here, regions);
+  close_group();
+  find_squares(p, squares);
+  load_weights<NTILES>(c, weights);
+
+  // The stencil's share: step warp % step_warps and those step_warps further on; the product's: chunk warp % chunks.
+  const int step_warps = min(steps, warps), step_stride = warps / step_warps;
+  const int first_step_group = warp < step_stride * step_warps ? warp / step_warps : tiling.groups;
+  const int chunk = warp % chunks, chunk_stride = warps / chunks;
+  const int first_chunk_group = warp < chunk_stride * chunks ? warp / chunks : tiling.groups;
+  const int channel = chunk * 8 * NTILES + t * lane_channels;  // this lane's first output channel
+
+  float dw[9][4];
+  int held = -1;  // the step whose depthwise weights these are
+#pragma unroll
+  for (int i = 0; i < lane_channels; i++) {
+    if (TRAIN) seen.sum[i] = seen.square[i] = 0;
+    if (!TRAIN && g == 0) constants.of_lane()[i] = p.pw_bias.data ? value(p.pw_bias, channel + i) : 0;
+  }
+  seen.count = 0;
+  if (!TRAIN && threadIdx.x < c.in_channels) constants.dw_bias[threadIdx.x] = p.dw_bias.data ? value(p.dw_bias, threadIdx.x) : 0;
+
+  int buffer = 0;
+  for (int tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
+    const int next = tile + gridDim.x;
+    const Place upcoming = place(tiling, next);
+    unsigned char* region = regions + buffer * region_bytes;
+    if (tiling.buffers == 2) {
+      buffer ^= 1;
+      if (next < tiling.tiles) load_region(p, upcoming, regions + buffer * region_bytes);
+      close_group();
+      wait_for_groups<1>();
+    } else {
+      wait_for_groups<0>();
+    }
+    if (TRAIN && p.in_scale) normalise_region(p, here, region);
+    __syncthreads();  // the region is there, and the depthwise output of the tile before has been read
+
+    for (int step = warp % step_warps; step < steps; step += step_warps) {
+      if (step != held) {
+        held = step;
+        const int first = (step * step_channels + 4 * t) * c.dw_channel_stride;
+#pragma unroll
+        for (int i = 0; i < 36; i++) dw[i / 4][i % 4] = value(c.dw, first + i % 4 * c.dw_channel_stride + i / 4 * c.dw_tap_stride);
+      }
+      for (int group = first_step_group; group < tiling.groups; group += step_stride) {
+        float bias[4] = {};
+        if (!TRAIN) read(constants.dw_bias + step * step_channels + 4 * t, bias);
+        uint4 operand[2];
+        const unsigned char* source = region + squares[group * 8 + g].offset + step * step_channels * 2 + t * 8;
+        stencil<STRIDE>(source, row_bytes, pixel_bytes, dw, bias, TRAIN ? Activation::none : p.act_dw, operand);
+        uint4* target = depthwise + (group * steps + step) * 64 + lane;
+        target[0] = operand[0];
+        target[32] = operand[1];
+      }
+    }
+    __syncthreads();  // the depthwise output is there, and the region has been read
+    if (tiling.buffers == 1 && next < tiling.tiles) {
+      load_region(p, upcoming, regions);
+      close_group();
+    }
+
+    for (int group = first_chunk_group; group < tiling.groups; group += chunk_stride) {
+      float start[lane_channels] = {}, sums[2][NTILES][4];
+      if (!TRAIN) read(constants.of_lane(), start);
+#pragma unroll
+      for (int i = 0; i < 2 * NTILES * 4; i++) sums[i / (NTILES * 4)][i / 4 % NTILES][i % 4] = start[i / 4 % NTILES * 2 + i % 2];
+#pragma unroll 1  // registers
+      for (int step = 0; step < steps; step++) {
+        const uint4* a = depthwise + (group * steps + step) * 64 + lane;
+        const uint4 upper = a[0], lower = a[32];
+#pragma unroll
+        for (int pair = 0; pair < NTILES / 2; pair++) {
+          const uint4 b = weights[((chunk * steps + step) * (NTILES / 2) + pair) * 32 + lane];
+          multiply(sums[0][2 * pair], upper, b.x, b.y);
+          multiply(sums[1][2 * pair], lower, b.x, b.y);
+          multiply(sums[0][2 * pair + 1], upper, b.z, b.w);
+          multiply(sums[1][2 * pair + 1], lower, b.z, b.w);
+        }
+      }
+
+      const Square square = squares[group * 8 + g];
+      const int image = here.image + square.image, y = here.y + square.y, x = here.x + square.x;
+      const bool there = square.image < tiling.images && image < c.batch && y < c.out_height && x < c.out_width;
+      float pivot[lane_channels];
+      if (TRAIN) {  // the first pixel of the first square that is there becomes the pivot
+        const unsigned lanes = __ballot_sync(0xffffffffu, there);
+        if (lanes && seen.count == 0) {
+          if (g == (__ffs(lanes) - 1) / 4) {
+#pragma unroll
+            for (int i = 0; i < lane_channels; i++) constants.of_lane()[i] = sums[0][i / 2][i % 2];
+          }
+          __syncwarp();
+        }
+        read(constants.of_lane(), pivot);
+      }
+      int added = 0;
+#pragma unroll
+      for (int pixel = 0; pixel < 4; pixel++) {
+        if (!there || y + pixel / 2 >= c.out_height || x + pixel % 2 >= c.out_width) continue;
+        const int offset = ((image * c.out_height + y + pixel / 2) * c.out_width + x + pixel % 2) * c.out_channels + channel;
+        float values[lane_channels];
+#pragma unroll
+        for (int i = 0; i < lane_channels; i++) values[i] = sums[pixel / 2][i / 2][pixel % 2 * 2 + i % 2];
+        Packed<NTILES> packed;
+        if (!TRAIN) {
+          if (p.residual) {
+            packed.load(p.residual + offset);
+#pragma unroll
+            for (int i = 0; i < lane_channels; i++) values[i] += i % 2 ? high(packed.pairs[i / 2]) : low(packed.pairs[i / 2]);
+          }
+          activate(values, p.act_pw);
+        }
+#pragma unroll
+        for (int i = 0; i < NTILES; i++) packed.pairs[i] = pack(values[2 * i], values[2 * i + 1]);
+        packed.store(p.output + offset);
+        if (TRAIN) {
+          added++;
+#pragma unroll
+          for (int i = 0; i < lane_channels; i++) {
+            const float v = (i % 2 ? high(packed.pairs[i / 2]) : low(packed.pairs[i / 2])) - pivot[i];
+            seen.sum[i] += v;
+            seen.square[i] += v * v;
+          }
+        }
+      }
+      if (TRAIN) seen.count += __reduce_add_sync(0xffffffffu, t == 0 ? added : 0);
+    }
+    here = upcoming;
+  }
+}
+
+}  // namespace
+}  // namespace odn_fast::separable_conv_cuda
