@@ -182,7 +182,7 @@ def cuda_case(shape, dtype):
         work = Workload(shape, dtype)
     index = work.order[0].clone()
     arms = {name: {"batch": function} for name, function in arms_of(work, lambda: index).items()}
-    arms |= harness_cuda.ours(arms["ours"])
+    arms |= harness_cuda.ours("augment", arms["ours"])
     truth = {"batch": lambda: work.plain(index, dtype=torch.float64)}
     return harness_cuda.Case(str(shape), arms, truth, {"batch": work.traffic()})
 

@@ -224,7 +224,7 @@ def cuda_case(shape, dtype):
         arms["compiled"] = arm(torch.compile(plain, dynamic=False))
     return harness_cuda.Case(
         str(shape),
-        harness_cuda.ours(arm(fused)) | arms,
+        harness_cuda.ours("batch_norm_act", arm(fused)) | arms,
         {"step": arm(plain, torch.float64)["step"]},
         {phase: count * work.grad_y.element_size() for phase, count in shape.elements().items()},
     )

@@ -184,7 +184,7 @@ def cuda_case(shape, dtype):
     read, written = work.traffic()
     return harness_cuda.Case(
         " ".join(map(str, shape)),
-        harness_cuda.ours(arm("ours")) | {name: arm(name) for name in names},
+        harness_cuda.ours("channel_attention", arm("ours")) | {name: arm(name) for name in names},
         {"forward": lambda: work.truth()[:1], "step": lambda: work.truth()[1:]},
         {"forward": read, "step": read + written},
         {"forward": 1e-6, "step": 1e-6},

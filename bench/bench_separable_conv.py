@@ -270,7 +270,7 @@ def cuda_case(shape, dtype):
     truth = work.arm(plain_train, plain_infer, torch.contiguous_format, torch.float64)
     return harness_cuda.Case(
         str(shape),
-        harness_cuda.ours(arms.pop("ours")) | arms,
+        harness_cuda.ours("separable_conv", arms.pop("ours")) | arms,
         {phase: truth[phase] for phase in ("step", "inference")},
         {phase: count * work.x.element_size() for phase, count in shape.elements().items()},
         {"step": SIDES_OF_ZERO} if shape.layers > 1 else {},

@@ -230,7 +230,7 @@ def cuda_case(unit, dtype):
     truth = work.arm(plain, torch.contiguous_format, torch.float64)
     return harness_cuda.Case(
         str(unit),
-        harness_cuda.ours(arms.pop("ours")) | arms,
+        harness_cuda.ours("separable_unit", arms.pop("ours")) | arms,
         {"step": truth["step"]},
         {phase: count * work.x.element_size() for phase, count in unit.elements().items()},
         {"step": SIDES_OF_ZERO[dtype]},

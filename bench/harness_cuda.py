@@ -34,7 +34,7 @@ import torch
 
 import harness
 from odn_fast.machine import processor_name
-from odn_fast.ops._choose import CannotRun, using
+from odn_fast.ops._choose import CannotRun, implemented, using
 from odn_fast.tune import capture
 
 CALLS = 20
@@ -193,17 +193,21 @@ def peak_memory(function: Callable[[], object]) -> float:
 # ---- a case, a bench
 
 
-def ours(arm: dict[str, Callable[[], object]]) -> dict[str, dict[str, Callable[[], object]]]:
+def ours(stem: str, arm: dict[str, Callable[[], object]]) -> dict[str, dict[str, Callable[[], object]]]:
     """The arm "ours" as the chooser has it, and one forced to each implementation, where there are several.
 
-    Raises CannotRun if the reference is all that a phase could run on: its speed would say nothing.
+    Forced to "cuda" are those of the stem's ops that have such kernels at all. Raises CannotRun if the reference is all
+    that a phase could run on: its speed would say nothing.
     """
-    forced = {name: {phase: lambda f=f, n=name: within(n, f) for phase, f in arm.items()} for name in ("cuda", "triton")}
+    in_cuda = [op for op in implemented("cuda") if op.startswith(stem)]
+    forced = {"triton": {phase: lambda f=f: within(f, "triton") for phase, f in arm.items()}}
+    if in_cuda:
+        forced["cuda"] = {phase: lambda f=f: within(f, "cuda", *in_cuda) for phase, f in arm.items()}
     able = {name: {phase: f for phase, f in phases.items() if can_run(f)} for name, phases in forced.items()}
     for phase in arm:
         if not any(phase in phases for phases in able.values()):
             raise CannotRun(f"neither a CUDA nor a Triton kernel takes the phase {phase}")
-    several = [phase for phase in arm if all(phase in phases for phases in able.values())]
+    several = [phase for phase in arm if len(able) > 1 and all(phase in phases for phases in able.values())]
     arms = {"ours": arm}
     for name in able:
         if several:
@@ -211,8 +215,8 @@ def ours(arm: dict[str, Callable[[], object]]) -> dict[str, dict[str, Callable[[
     return arms
 
 
-def within(name: str, function: Callable[[], object]) -> object:
-    with using(name):
+def within(function: Callable[[], object], *implementation: str) -> object:
+    with using(*implementation):
         return function()
 
 

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from odn_fast import tune
-from odn_fast.ops._choose import CannotRun
+from odn_fast.ops._choose import CannotRun, implemented
 
 SHAPES = {
     "augment": (3, 3, 9),
@@ -25,15 +25,16 @@ def main(names: list[str]) -> None:
         if names and op not in names:
             continue
         for dtype in (torch.bfloat16, torch.float32):
-            for implementation in ("triton", "cuda"):
-                call = tune.Workload(op, SHAPES[op], dtype, make)
+            in_cuda = [name for name in implemented("cuda") if name.startswith(op)]
+            for implementation in [["triton"], *([["cuda", *in_cuda]] if in_cuda else [])]:
+                workload = tune.Workload(op, SHAPES[op], dtype, make)
                 try:
-                    call.call(implementation)()
+                    workload.call(*implementation)()
                 except CannotRun as reason:
-                    print(f"{call}: {reason}")
+                    print(f"{workload}: {reason}")
                     continue
                 torch.cuda.synchronize()
-                print(f"{call} on {implementation}: called", flush=True)
+                print(f"{workload} on {implementation[0]}: called", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ def report() -> list[str]:
         lines.append(f"C++ ops: not used, because {_extension.reason}; {_extension.HOW_TO_BUILD}")
     lines.append(f"CUDA: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else
                  f"CUDA: PyTorch sees no device (built for {torch.version.cuda or 'the CPU'})")
+    if torch.cuda.is_available() and _extension.available:
+        lines.append(cuda_line([name for name in torch._C._dispatch_get_all_op_names() if name.startswith("odn_fast::")]))
     return [*lines, *triton_lines(torch.cuda.get_device_name() if torch.cuda.is_available() else "")]
+
+
+def cuda_line(ops: list[str]) -> str:
+    """About the extension's CUDA kernels, which are ops of their own."""
+    kernels = sorted(name.removeprefix("odn_fast::").removesuffix("_cuda") for name in ops if name.endswith("_cuda"))
+    return f"CUDA kernels: {', '.join(kernels)}" if kernels else (
+        f"CUDA kernels: none, so Triton's are used; put nvcc on the PATH and {_extension.HOW_TO_BUILD}")
 
 
 def triton_lines(gpu: str) -> list[str]:

@@ -52,13 +52,14 @@ class Workload:
     def __str__(self):
         return f"{self.op} {str(self.dtype).removeprefix('torch.')} {self.shape}"
 
-    def call(self, implementation: str = "triton") -> Call:
+    def call(self, *implementation: str) -> Call:
+        """implementation: as `using` takes it, Triton's by default."""
         torch.manual_seed(0)
         with torch.device("cuda"):
             step = self.make(self.dtype, *self.shape)
 
         def on_one():
-            with using(implementation):
+            with using(*(implementation or ("triton",))):
                 return step()
 
         return on_one

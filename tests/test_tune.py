@@ -157,6 +157,12 @@ def test_doctor_says_whether_this_gpu_was_tuned(empty_folder):
     assert "is no table" in triton_lines(GPU)[1]
 
 
+def test_doctor_names_the_cuda_kernels():
+    from odn_fast.doctor import cuda_line
+    assert cuda_line(["odn_fast::b_cuda", "odn_fast::a", "odn_fast::a_cuda"]) == "CUDA kernels: a, b"
+    assert "none" in cuda_line(["odn_fast::a"]) and "nvcc" in cuda_line([])
+
+
 def test_doctor_says_how_to_get_triton(monkeypatch):
     from odn_fast.doctor import triton_lines
     monkeypatch.setitem(sys.modules, "triton", None)

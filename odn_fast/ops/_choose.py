@@ -84,6 +84,11 @@ def reasons(op: str, *args) -> dict[str, list[str]]:
 _implementations: dict[str, list[Implementation]] = {}
 
 
+def implemented(name: str) -> list[str]:
+    """The dispatcher ops that have an implementation of this name, whether or not it can run here."""
+    return [op for op, candidates in _implementations.items() if name in {candidate.name for candidate in candidates}]
+
+
 def register_cuda(op: str, implementations: Sequence[Implementation]) -> None:
     """Put the chooser among `implementations`, best first, and the reference on the op's CUDA key."""
     reference = Implementation("reference", without_autocast(references[op]), lambda *args: [])
