@@ -25,7 +25,8 @@ CASES = {
     "wide bfloat16": (1, 20, 24, 9, 17, BFLOAT, BFLOAT),
     "mixed": (2, 3, 18, 4, 5, FLOAT, BFLOAT),
     "one of everything": (2, 1, 1, 1, 1, FLOAT, FLOAT),
-    "many channels": (1, 130, 260, 3, 3, FLOAT, FLOAT),
+    "many channels": (1, 17, 140, 3, 3, FLOAT, FLOAT),
+    "many channels bfloat16": (1, 5, 70, 3, 3, BFLOAT, BFLOAT),
 }
 
 
@@ -103,8 +104,9 @@ def test_statistics(case):
 
 def test_accuracy_far_from_zero():
     student, teacher = make_maps("wide")
-    check_loss(student * 0.1 + 100, teacher * 0.1 + 99, loose=10.0)  # PyTorch's own errors are 100 times larger
-    check_projection(student * 0.1 + 100, teacher * 0.1 + 99)
+    maps = student * 0.1 + 100, teacher * 0.1 + 99
+    check_loss(*maps, loose=100)  # PyTorch's own errors are about 100 times those near zero
+    check_projection(*maps)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "sliced", "expanded_images"])
