@@ -17,22 +17,24 @@ def report() -> list[str]:
              f"processor: {here['processor']}, {torch.get_num_threads()} threads",
              f"training on the CPU in {resolve_precision('auto', 'cpu')} by default"]
     if _extension.available:
-        built = ", ".join(f"{name} {value}" for name, value in _extension.build_information().items())
+        information = _extension.build_information()
+        cuda = information.pop("CUDA", "left out")
+        built = ", ".join(f"{name} {value}" for name, value in information.items())
         lines.append(f"C++ ops: {_extension.instruction_set()} of {', '.join(_extension.instruction_sets())} ({built})")
+        lines.append(cuda_line(cuda, torch._C._dispatch_get_all_op_names()))
     else:
         lines.append(f"C++ ops: not used, because {_extension.reason}; {_extension.HOW_TO_BUILD}")
     lines.append(f"CUDA: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else
                  f"CUDA: PyTorch sees no device (built for {torch.version.cuda or 'the CPU'})")
-    if torch.cuda.is_available() and _extension.available:
-        lines.append(cuda_line([name for name in torch._C._dispatch_get_all_op_names() if name.startswith("odn_fast::")]))
     return [*lines, *triton_lines(torch.cuda.get_device_name() if torch.cuda.is_available() else "")]
 
 
-def cuda_line(ops: list[str]) -> str:
-    """About the extension's CUDA kernels, which are ops of their own."""
-    kernels = sorted(name.removeprefix("odn_fast::").removesuffix("_cuda") for name in ops if name.endswith("_cuda"))
-    return f"CUDA kernels: {', '.join(kernels)}" if kernels else (
-        f"CUDA kernels: none, so Triton's are used; put nvcc on the PATH and {_extension.HOW_TO_BUILD}")
+def cuda_line(built: str, ops: list[str]) -> str:
+    """About the extension's CUDA kernels, which are ops of their own; built: with what, or "left out: " and why."""
+    if built.startswith("left out"):
+        return f"CUDA kernels: {built}; Triton's are used"
+    names = (name.removeprefix("odn_fast::") for name in ops if name.startswith("odn_fast::") and name.endswith("_cuda"))
+    return f"CUDA kernels: {', '.join(sorted(name.removesuffix('_cuda') for name in names))} (nvcc {built})"
 
 
 def triton_lines(gpu: str) -> list[str]:

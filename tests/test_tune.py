@@ -159,8 +159,9 @@ def test_doctor_says_whether_this_gpu_was_tuned(empty_folder):
 
 def test_doctor_names_the_cuda_kernels():
     from odn_fast.doctor import cuda_line
-    assert cuda_line(["odn_fast::b_cuda", "odn_fast::a", "odn_fast::a_cuda"]) == "CUDA kernels: a, b"
-    assert "none" in cuda_line(["odn_fast::a"]) and "nvcc" in cuda_line([])
+    ops = ["odn_fast::b_cuda", "odn_fast::a", "odn_fast::a_cuda", "aten::c_cuda"]
+    assert cuda_line("13.0.88 for 80-real 90", ops) == "CUDA kernels: a, b (nvcc 13.0.88 for 80-real 90)"
+    assert cuda_line("left out: no nvcc that works", ops) == "CUDA kernels: left out: no nvcc that works; Triton's are used"
 
 
 def test_doctor_says_how_to_get_triton(monkeypatch):
