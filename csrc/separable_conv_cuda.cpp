@@ -155,12 +155,13 @@ Tensor infer(const Tensor& x, const Tensor& dw, const optional<Tensor>& dw_bias,
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const optional<Tensor>& in_scale,
-                                                           const optional<Tensor>& in_shift, const Tensor& dw,
-                                                           const Tensor& pw, const Tensor& bn_weight, const Tensor& bn_bias,
-                                                           const optional<Tensor>& residual, int64_t stride, double eps,
-                                                           bool relu) {
-  const char* op = "separable_conv_forward_cuda";
+// With in_scale and in_shift, relu(in_scale * x + in_shift) is convolved.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train(const Tensor& x, const Tensor& dw, const Tensor& pw,
+                                                         const Tensor& bn_weight, const Tensor& bn_bias,
+                                                         const optional<Tensor>& residual, int64_t stride, double eps,
+                                                         bool relu, const optional<Tensor>& in_scale,
+                                                         const optional<Tensor>& in_shift) {
+  const char* op = "separable_conv_train_cuda";
   const c10::cuda::OptionalCUDAGuard guard(x.is_cuda() ? optional(x.device()) : std::nullopt);
   const Prepared prepared(op, x, dw, pw, stride);
   const int64_t channels = prepared.shape[1];
@@ -174,6 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, cons
 
   const auto floats = x.options().dtype(at::kFloat);
   const Tensor y = prepared.empty_map(), z = prepared.empty_map();
+  TORCH_CHECK_VALUE(y.numel() != channels, op, ": x has shape ", x.sizes(), ", expected more than 1 value per channel when training");
   if (y.numel() == 0) return {y, at::zeros({channels}, floats), at::zeros({channels}, floats), z, at::zeros({channels}, floats)};
   const Tensor mean = at::empty({channels}, floats), var = at::empty({channels}, floats), z_mean = at::empty({channels}, floats);
   const Tensor partials = at::empty({static_cast<int64_t>(partial_bytes(channels) / sizeof(float))}, floats);
@@ -214,12 +216,12 @@ TORCH_LIBRARY_FRAGMENT(odn_fast, m) {
   m.def("separable_conv_cuda_why_not(int in_channels, int out_channels, int stride) -> str", &ops::why_not_here);
   m.def("separable_conv_infer_cuda(Tensor x, Tensor dw, Tensor? dw_bias, Tensor pw, Tensor? pw_bias, Tensor? residual,"
         " int stride, str act_dw, str act_pw) -> Tensor");
-  m.def("separable_conv_forward_cuda(Tensor x, Tensor? in_scale, Tensor? in_shift, Tensor dw, Tensor pw, Tensor bn_weight,"
-        " Tensor bn_bias, Tensor? residual, int stride, float eps, bool relu)"
+  m.def("separable_conv_train_cuda(Tensor x, Tensor dw, Tensor pw, Tensor bn_weight, Tensor bn_bias, Tensor? residual,"
+        " int stride, float eps, bool relu, Tensor? in_scale=None, Tensor? in_shift=None)"
         " -> (Tensor y, Tensor mean, Tensor var, Tensor z, Tensor z_mean)");
 }
 
 TORCH_LIBRARY_IMPL(odn_fast, CUDA, m) {
   m.impl("separable_conv_infer_cuda", &odn_fast::separable_conv_cuda::infer);
-  m.impl("separable_conv_forward_cuda", &odn_fast::separable_conv_cuda::forward);
+  m.impl("separable_conv_train_cuda", &odn_fast::separable_conv_cuda::train);
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from odn_fast import _extension
 from odn_fast.ops._library import library, references, without_autocast
 
 NAMES = ("cuda", "triton", "reference")
@@ -71,6 +72,24 @@ def triton(module: str, function: str) -> Implementation:
         return kernels().why_not(function, *args)
 
     return Implementation("triton", lambda *args: getattr(kernels(), function)(*args), why_not)
+
+
+def cuda(op: str, why_not: Callable[..., list[str]]) -> Implementation:
+    """The extension's own op `torch.ops.odn_fast.<op>`, for what `why_not`, called with its arguments, has no reason against."""
+
+    @functools.cache
+    def absent():
+        if not _extension.available:
+            return [f"the compiled extension is not used, because {_extension.reason}; {_extension.HOW_TO_BUILD}"]
+        if not hasattr(torch.ops.odn_fast, op):
+            return [f"the extension was built without CUDA kernels ({_extension.build_information()['CUDA']})"]
+        return []
+
+    @functools.cache
+    def kernel():
+        return getattr(torch.ops.odn_fast, op).default
+
+    return Implementation("cuda", lambda *args: kernel()(*args), lambda *args: absent() or why_not(*args))
 
 
 def reasons(op: str, *args) -> dict[str, list[str]]:

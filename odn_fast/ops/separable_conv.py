@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
 
+from odn_fast.ops import _separable_conv_cuda
 from odn_fast.ops._choose import register_cuda, triton
 from odn_fast.ops._library import (
     as_bfloat16,
@@ -200,8 +201,8 @@ library.impl("separable_conv_train", _SeparableConvTrain.apply, "Autograd")
 library.impl("separable_conv_infer", _SeparableConvInfer.apply, "Autograd")
 define_autocast(_train, _read_train, _read_train_on_cuda)
 define_autocast(_infer, _read_infer, _read_infer_on_cuda)
-register_cuda("separable_conv_train", [triton("separable_conv", "separable_conv_train")])
-register_cuda("separable_conv_infer", [triton("separable_conv", "separable_conv_infer")])
+register_cuda("separable_conv_train", [triton("separable_conv", "separable_conv_train"), _separable_conv_cuda.train])
+register_cuda("separable_conv_infer", [triton("separable_conv", "separable_conv_infer"), _separable_conv_cuda.infer])
 register_cuda("separable_conv_train_backward", [triton("separable_conv_backward", "separable_conv_train_backward")])
 
 

@@ -1,0 +1,40 @@
+"""CUDA sources compile for every architecture that is built, without a GPU and without torch, and spill no registers."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from odn_fast import _extension
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PATH or in /usr/local/cuda/bin")
+
+
+def test_there_are_sources():
+    assert [path.stem for path in SOURCES] == ["separable_conv_cuda"]
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_compiles_without_spills(source, architecture, tmp_path):
+    command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v,--warn-on-spills", "-Xcompiler", "-Wall",
+               "-c", source, "-o", tmp_path / "kernels.o"]  # fmt: skip
+    nvcc = subprocess.run(command, capture_output=True, text=True)
+    assert nvcc.returncode == 0, nvcc.stderr
+    kernels = nvcc.stderr.count("Compiling entry function")
+    assert kernels >= 1 and "warning" not in nvcc.stderr, nvcc.stderr
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", nvcc.stderr) == [("0", "0")] * kernels, nvcc.stderr
+
+
+@pytest.mark.skipif(not _extension.available, reason=f"the extension is not used: {_extension.reason}")
+def test_the_extension_says_whether_it_has_cuda_kernels():
+    built = _extension.build_information()["CUDA"]
+    assert built.startswith("left out: ") or re.match(r"\d+\.\d+", built), built
