@@ -52,8 +52,8 @@ def describe(kernel) -> dict:
         "shared": kernel.metadata.shared,
         "dots": kernel.asm["ttir"].count("tt.dot "),
         "tensor_core": count("HMMA|HGMMA|UTC.*MMA"),
-        "wide_loads": count(r"(LDG|LDGSTS)\b.*\.(128|256)"),
-        "half_loads": count(r"LDG\b.*\.U16"),
+        "wide_loads": count(r"(LDG|LDGSTS)\b.*\.(64|128|256)"),
+        "narrow_loads": count(r"LDG\b.*\.U16"),
         "instructions": len(instructions),
         "hash": kernel.hash,
     }
