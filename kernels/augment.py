@@ -124,7 +124,7 @@ def _augment(
     image_ptr = images + tl.where(known, sample, 0) * image_stride
     place = channel * channel_stride + from_row * row_stride + from_column * column_stride
     pixel = tl.load(image_ptr + place, mask=inside, other=0).to(tl.float32)
-    y = _product(pixel, tl.load(scale + channel) + tl.zeros([ROWS, SPAN], tl.float32)) + tl.load(shift + channel)
+    y = _product(pixel, tl.load(scale + channel)) + tl.load(shift + channel)
     y = tl.where(known, y, float("nan"))
     here = (row < height) & (value < width * C)
     to = (n * height + row) * (width * C) + value
