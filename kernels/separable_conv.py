@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import counter, dense, dot_dtype, is_last, jit, launch, processors, relu, rounded
+from ._common import cdiv, counter, dense, dot_dtype, is_last, jit, launch, next_power_of_2, processors, relu, rounded
 from ._tuned import blocks
 
 # ---- device functions, shared with the backward pass
@@ -302,7 +302,7 @@ def tap_major(dw: Tensor) -> Tensor:
 
 def padded(channels: int, largest: int) -> int:
     """Channels of a block: a power of two from 16, the least that a product takes."""
-    return min(max(triton.next_power_of_2(channels), 16), largest)
+    return min(max(next_power_of_2(channels), 16), largest)
 
 
 def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -312,8 +312,8 @@ def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 def split(x: Tensor, tiles: int, waves: int) -> tuple[int, int]:
     """Tiles of each program and programs, at most about `waves` on every multiprocessor."""
-    each = triton.cdiv(tiles, waves * processors(x))
-    return each, triton.cdiv(tiles, each)
+    each = cdiv(tiles, waves * processors(x))
+    return each, cdiv(tiles, each)
 
 
 def pointwise_statistics(x, dw, pw, norm, stride, eps):
@@ -333,10 +333,10 @@ def pointwise_statistics(x, dw, pw, norm, stride, eps):
     sizes = blocks("separable_forward", x, same=same, size=pixels, default=_default(same, x))
     tile, warps = sizes["BM"], sizes["num_warps"]
     input_block, output_block = padded(inputs, 64), padded(outputs, 64)
-    tiles = triton.cdiv(pixels, tile)
+    tiles = cdiv(pixels, tile)
     each, programs = split(x, tiles, sizes["waves"])
     launch(
-        _forward, (programs, triton.cdiv(outputs, output_block)),
+        _forward, (programs, cdiv(outputs, output_block)),
         x, dw, pw, *norm, z, torch.empty(2 * programs * outputs, dtype=torch.float32, device=x.device),
         mean, var, z_mean, counter(x), pixels, height, width, *z.shape[2:], tiles, each, eps,
         num_warps=warps, num_stages=1, CI=inputs, CO=outputs, STRIDE=stride, DOT=dot_dtype(x.dtype),
@@ -355,7 +355,7 @@ def normalised(z, norm, residual, residual_norm, eps, relu):
     block = padded(channels, 256)
     tile = max(sizes["elements"] // block, 1)
     launch(
-        _normalise, (triton.cdiv(pixels, tile), triton.cdiv(channels, block)),
+        _normalise, (cdiv(pixels, tile), cdiv(channels, block)),
         z, *norm, residual, *residual_norm, y, pixels, eps,
         num_warps=sizes["num_warps"], num_stages=1, C=channels, RELU=relu, BM=tile, BC=block,
     )  # fmt: skip
@@ -387,10 +387,10 @@ def separable_conv_infer(x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, 
     same = (inputs, outputs, stride, 0, 0)
     sizes = blocks("separable_infer", x, same=same, size=pixels, default=_default(same, x))
     output_block = padded(outputs, 64)
-    tiles = triton.cdiv(pixels, sizes["BM"])
+    tiles = cdiv(pixels, sizes["BM"])
     each, programs = split(x, tiles, sizes["waves"])
     launch(
-        _infer, (programs, triton.cdiv(outputs, output_block)),
+        _infer, (programs, cdiv(outputs, output_block)),
         x, tap_major(dw), dw_bias, pw, pw_bias, residual, y, pixels, height, width, *y.shape[2:], tiles, each,
         num_warps=sizes["num_warps"], num_stages=1, CI=inputs, CO=outputs, STRIDE=stride, ACT_DW=act_dw, ACT_PW=act_pw,
         DOT=dot_dtype(x.dtype), BM=sizes["BM"], BN=output_block, BK=padded(inputs, 64),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import counter, dense, dot_dtype, is_last, jit, launch, relu, rounded
+from ._common import cdiv, counter, dense, dot_dtype, is_last, jit, launch, relu, rounded
 from ._tuned import blocks
 from .separable_conv import (
     NO_NORM,
@@ -31,7 +31,7 @@ from .separable_conv import (
     too_large,
     window,
 )
-from .separable_sums import finish_norm, gradient_sums, norm_gradients, reduce_weights, standard, total_of
+from .separable_sums import finish_norm, gradient_sums, norm_gradients, reduce_weights, total_of
 
 
 @jit
@@ -150,7 +150,7 @@ def _depthwise_backward(
     inside = channels < C
     if NORMALISE:
         scale, shift = channel_scale(norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr, channels, inside, eps)
-        mean, inverse = standard(norm_mean_ptr, norm_var_ptr, channels, inside, eps)
+        mean = tl.load(norm_mean_ptr + channels, mask=inside, other=0.0)
         sums = tl.zeros([BM, BK], tl.float32)
         products = tl.zeros([BM, BK], tl.float32)
     a0 = tl.zeros([BM, BK], tl.float32)
@@ -206,7 +206,7 @@ def _depthwise_backward(
             if NORMALISE:
                 grad_x = stored.to(tl.float32)
                 sums += grad_x
-                products += tl.where(mask, grad_x * ((stored_x - mean[None, :]) * inverse[None, :]), 0.0)
+                products += tl.where(mask, grad_x * (stored_x - mean[None, :]), 0.0)
     _store_taps(dw_partial_ptr, a0, a1, a2, channels, inside, C, 0)
     _store_taps(dw_partial_ptr, b0, b1, b2, channels, inside, C, 1)
     _store_taps(dw_partial_ptr, c0, c1, c2, channels, inside, C, 2)
@@ -239,7 +239,7 @@ def pointwise_gradient(grad, z, norm, coefficients, x, dw, pw, x_norm, stride, r
     sizes = blocks("separable_pointwise_backward", x, same=same, size=pixels, default=_pointwise_default(same))
     output_block = padded(outputs, LARGEST_OUTPUTS)
     input_block = padded(inputs, max(4096 // output_block, 16))
-    tiles = triton.cdiv(pixels, sizes["BM"])
+    tiles = cdiv(pixels, sizes["BM"])
     each, programs = split(x, tiles, sizes["waves"])
     between = None
     if needed:
@@ -248,7 +248,7 @@ def pointwise_gradient(grad, z, norm, coefficients, x, dw, pw, x_norm, stride, r
         )
     partial = torch.empty((programs, outputs, inputs), dtype=torch.float32, device=x.device)
     launch(
-        _pointwise_backward, (programs, triton.cdiv(inputs, input_block)),
+        _pointwise_backward, (programs, cdiv(inputs, input_block)),
         grad, z, *norm, coefficients, x, dw, pw, *x_norm, between, partial,
         pixels, *x.shape[2:], *z.shape[2:], tiles, each, eps,
         num_warps=sizes["num_warps"], num_stages=1, CI=inputs, CO=outputs, STRIDE=stride, RELU=relu,
@@ -270,7 +270,7 @@ def depthwise_gradient(grad, x, dw, x_norm, added, window, stride, x_needs_grad,
     sizes = blocks("separable_depthwise_backward", x, same=same, size=pixels, default=_depthwise_default(same))
     block, warps = padded(channels, 64), sizes["num_warps"]
     tile = sizes["elements"] // block
-    tiles = triton.cdiv(pixels, tile)
+    tiles = cdiv(pixels, tile)
     each, programs = split(x, tiles, sizes["waves"])
     grad_x = torch.empty_like(x) if x_needs_grad else None
     partial = torch.empty((programs, 9, channels), dtype=torch.float32, device=x.device)
@@ -279,7 +279,7 @@ def depthwise_gradient(grad, x, dw, x_norm, added, window, stride, x_needs_grad,
         norm_partial = torch.empty(2 * programs * channels, dtype=torch.float32, device=x.device)
         sums_counter, gradients = counter(x), norm_gradients(x_norm)
     launch(
-        _depthwise_backward, (programs, triton.cdiv(channels, block)),
+        _depthwise_backward, (programs, cdiv(channels, block)),
         grad, x, dw, *x_norm, added, grad_x, partial, norm_partial, sums_counter, *(gradients or (None, None, None)),
         pixels, *x.shape[2:], *grad.shape[2:], tiles, each, eps,
         num_warps=warps, num_stages=1, C=channels, STRIDE=stride, WINDOW=window, BM=tile, BK=block,
@@ -336,13 +336,13 @@ def _pointwise_candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 def _depthwise_default(same: tuple[int, ...]) -> dict[str, int]:
-    return {"elements": 1024, "num_warps": 4, "waves": 2}
+    return {"elements": 512, "num_warps": 4, "waves": 4}  # 4 elements a thread, of which each holds nine sums
 
 
 def _depthwise_candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
     return [
-        {"elements": 256 * warps, "num_warps": warps, "waves": waves}
-        for warps, waves in ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
+        {"elements": 128 * warps * many, "num_warps": warps, "waves": waves}
+        for many, warps, waves in ((1, 4, 2), (1, 4, 3), (1, 4, 4), (1, 8, 1), (1, 8, 2), (2, 4, 2), (2, 8, 1))
     ]  # fmt: skip
 
 

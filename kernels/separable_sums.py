@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import counter, is_last, jit, launch, rounded
+from ._common import cdiv, counter, is_last, jit, launch, next_power_of_2, rounded
 from ._tuned import blocks
 from .separable_conv import channel_scale, padded, split
 
@@ -20,7 +20,7 @@ def _sums(
     pixels, tiles, tiles_each, eps,
     C: tl.constexpr, RELU: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g = grad where the ReLU let it through, and of g times normalised z (and skip_z).
+    """Sums of g = grad where the ReLU let it through, and of g times z (and skip_z) less its mean.
 
     All maps: (pixels, C). With RELU the mask is y's, or that of batch norm of z if y is None. masked: g, or None.
     partial: (2 or 3, programs, C).
@@ -28,11 +28,11 @@ def _sums(
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = channels < C
     scale, shift = channel_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, inside, eps)
-    mean, inverse = standard(mean_ptr, var_ptr, channels, inside, eps)
+    mean = tl.load(mean_ptr + channels, mask=inside, other=0.0)
     sums = tl.zeros([BM, BC], tl.float32)
     products = tl.zeros([BM, BC], tl.float32)
     if skip_z_ptr is not None:
-        skip_mean, skip_inverse = standard(skip_mean_ptr, skip_var_ptr, channels, inside, eps)
+        skip_mean = tl.load(skip_mean_ptr + channels, mask=inside, other=0.0)
         skip_products = tl.zeros([BM, BC], tl.float32)
     first = tl.program_id(0) * tiles_each
     for tile in tl.range(first, tl.minimum(first + tiles_each, tiles), num_stages=1):
@@ -52,10 +52,10 @@ def _sums(
             tl.store(masked_ptr + offset, stored, mask=mask)
             grad = stored.to(tl.float32)
         sums += grad
-        products += tl.where(mask, grad * ((z - mean[None, :]) * inverse[None, :]), 0.0)
+        products += tl.where(mask, grad * (z - mean[None, :]), 0.0)
         if skip_z_ptr is not None:
             skip_z = tl.load(skip_z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            skip_products += tl.where(mask, grad * ((skip_z - skip_mean[None, :]) * skip_inverse[None, :]), 0.0)
+            skip_products += tl.where(mask, grad * (skip_z - skip_mean[None, :]), 0.0)
     programs = tl.num_programs(0)
     row = partial_ptr + tl.program_id(0) * C + channels
     tl.store(row, tl.sum(sums, 0), mask=inside)
@@ -80,13 +80,6 @@ def _sums(
 
 
 @triton.jit
-def standard(mean_ptr, var_ptr, channels, inside, eps):
-    """Mean and inverse deviation."""
-    mean = tl.load(mean_ptr + channels, mask=inside, other=0.0)
-    return mean, tl.rsqrt(tl.load(var_ptr + channels, mask=inside, other=0.0) + eps)
-
-
-@triton.jit
 def total_of(partial_ptr, columns, programs, C: tl.constexpr, ROWS: tl.constexpr):
     """The sum over programs of partial (programs, C), as the last program sees it."""
     inside = columns < C
@@ -105,9 +98,13 @@ def finish_norm(
     total, product, columns, pixels, var_ptr, weight_ptr, coefficients_ptr, grad_weight_ptr, grad_bias_ptr, eps,
     C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of weight and bias, and a, b and c (3, C) of dz = a * g + b * (z - mean) + c."""
+    """Gradients of weight and bias, and a, b and c (3, C) of dz = a * g + b * (z - mean) + c.
+
+    total, product: the sums of g and of g * (z - mean).
+    """
     inside = columns < C
     inverse = tl.rsqrt(tl.load(var_ptr + columns, mask=inside, other=0.0) + eps)
+    product *= inverse
     scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) * inverse
     tl.store(coefficients_ptr + columns, scale, mask=inside)
     tl.store(coefficients_ptr + C + columns, -scale * inverse * product / pixels, mask=inside)
@@ -128,18 +125,18 @@ def gradient_sums(grad, y, z, norm, skip, relu, keep_masked, eps):
     sizes = blocks("separable_sums", z, same=same, size=pixels, default={"elements": 1024, "num_warps": 4, "waves": 4})
     block = padded(channels, 128)
     tile, warps = max(sizes["elements"] // block, 1), sizes["num_warps"]
-    tiles = triton.cdiv(pixels, tile)
+    tiles = cdiv(pixels, tile)
     each, programs = split(z, tiles, sizes["waves"])
     masked = torch.empty_like(z) if keep_masked else None
     gradients = norm_gradients(norm)
     no_skip = (None, None, None)
     skip_gradients = no_skip if skip is None else norm_gradients((*skip[1:], skip[3]))
     launch(
-        _sums, (programs, triton.cdiv(channels, block)),
+        _sums, (programs, cdiv(channels, block)),
         grad, y, z, *norm, *(skip or (None, *no_skip)), masked,
         torch.empty((2 if skip is None else 3) * programs * channels, dtype=torch.float32, device=z.device), counter(z),
         *gradients, *skip_gradients, pixels, tiles, each, eps,
-        num_warps=warps, num_stages=1, C=channels, RELU=relu, BM=tile, BC=block, ROWS=512 * warps // block,
+        num_warps=warps, num_stages=1, C=channels, RELU=relu, BM=tile, BC=block, ROWS=1024 * warps // block,
     )  # fmt: skip
     return masked if keep_masked else grad, gradients, skip_gradients
 
@@ -206,14 +203,14 @@ def reduce_weights(first, second, skip, inputs, outputs):
     first, second: (grad_pw, its partial sums, grad_dw, its partial sums), the latter with a row for each program;
     second and skip may be None, and skip has only the first two.
     """
-    block = 32
+    block = min(max(next_power_of_2(outputs * inputs) // 128, 16), 64)  # more programs than multiprocessors
     last = outputs * inputs if skip else 0
     sizes = [outputs * inputs, 9 * inputs, outputs * outputs, 9 * outputs, last]
     given = [*first, *(second or (None,) * 4), *(skip or (None, None))]
     programs = [0 if partial is None else partial.shape[0] for partial in given[1::2]]
     launch(
-        _reduce, (sum(triton.cdiv(size, block) for size in (sizes if second else sizes[:2])),), *given, *programs,
-        num_warps=4, num_stages=1, CI=inputs, CO=outputs, BLOCK=block, ROWS=32,
+        _reduce, (sum(cdiv(size, block) for size in (sizes if second else sizes[:2])),), *given, *programs,
+        num_warps=4, num_stages=1, CI=inputs, CO=outputs, BLOCK=block, ROWS=4096 // block,
     )  # fmt: skip
 
 

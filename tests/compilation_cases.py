@@ -63,4 +63,45 @@ def batch_norm_act(device: str, everything: bool) -> None:
                 batch_norm_act_train_backward(y, x, vector, vector, saved, mean, var, 1e-5, True, True)
 
 
-CASES = [augment, batch_norm_act, exit_heads]  # of functions (device, everything) -> None
+# C_in, C_out, size, stride
+SEPARABLE = [(16, 16, 32, 1), (64, 64, 8, 1), (32, 32, 16, 1), (16, 32, 32, 2), (32, 64, 112, 1), (128, 128, 28, 1)]
+
+
+def separable_parameters(device: str, c_in: int, c_out: int) -> list[Tensor]:
+    """dw, pw, bn_weight, bn_bias; dw with taps by channels in memory."""
+    dw = torch.empty(3, 3, c_in, device=device).permute(2, 0, 1).unsqueeze(1)
+    return [dw, *(torch.empty(shape, device=device) for shape in ((c_out, c_in, 1, 1), (c_out,), (c_out,)))]
+
+
+def separable_conv(device: str, everything: bool) -> None:
+    from odn_fast.kernels.separable_conv import separable_conv_infer, separable_conv_train
+    from odn_fast.kernels.separable_conv_backward import separable_conv_train_backward
+
+    for c_in, c_out, size, stride in SEPARABLE if everything else SEPARABLE[1:2]:
+        for dtype in (torch.bfloat16, torch.float32):
+            x = feature_map(device, 128 if size < 112 else 1, c_in, size, size, dtype)
+            dw, pw, *norm = separable_parameters(device, c_in, c_out)
+            y, _, var, z, z_mean = separable_conv_train(x, dw, pw, *norm, None, stride, 1e-5, True)
+            for saved, x_needs_grad in ((None, True), (y, False)):
+                arguments = (y, x, dw, pw, *norm, saved, z, z_mean, var, stride, 1e-5, True, x_needs_grad)
+                separable_conv_train_backward(*arguments)
+            separable_conv_train(x, dw, pw, *norm, z, stride, 1e-5, True)
+            separable_conv_infer(x, dw, None, pw, norm[1], None, stride, "none", "relu")
+
+
+def separable_unit(device: str, everything: bool) -> None:
+    from odn_fast.kernels.separable_unit import separable_unit_train, separable_unit_train_backward
+
+    units = [(16, 16, 32, "identity", 1), (64, 64, 8, "identity", 1), (32, 32, 16, "identity", 1),
+             (16, 32, 32, "projection", 2), (32, 64, 16, "projection", 4), (16, 32, 32, "none", 1)]  # fmt: skip
+    for c_in, c_out, size, skip, stride in units if everything else units[3:4]:
+        for dtype in (torch.bfloat16, torch.float32):
+            x = feature_map(device, 128, c_in, size, size, dtype)
+            first, second = separable_parameters(device, c_in, c_out), separable_parameters(device, c_out, c_out)
+            projection = first[1:] if skip == "projection" else []
+            inputs, settings = (x, first, second, projection), (skip == "identity", stride, 1e-5)
+            y, _, variances, zs, z_means = separable_unit_train(*inputs, *settings)
+            separable_unit_train_backward(y, *inputs, y, zs, z_means, variances, *settings, True)
+
+
+CASES = [augment, batch_norm_act, exit_heads, separable_conv, separable_unit]  # of functions (device, everything) -> None
