@@ -58,11 +58,12 @@ void check_parameter(const char* op, const char* name, const Tensor& parameter, 
   check(op, name, parameter, expected, x, is_parameter(parameter.scalar_type()), "float32 or bfloat16");
 }
 
-// A map as channels_last and aligned: itself, or a copy.
-Tensor dense(const Tensor& map) {
-  const Tensor dense = map.contiguous(at::MemoryFormat::ChannelsLast);
-  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone(at::MemoryFormat::ChannelsLast);
+Tensor aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 ? tensor : tensor.clone();
 }
+
+// A map as channels_last and aligned: itself, or a copy.
+Tensor dense(const Tensor& map) { return aligned(map.contiguous(at::MemoryFormat::ChannelsLast)); }
 
 optional<Tensor> dense(const optional<Tensor>& map) { return map ? optional(dense(*map)) : std::nullopt; }
 
@@ -98,7 +99,7 @@ struct Prepared {
     x = dense(any_x);
     // Taps by channels in memory are as good as channels by taps.
     dw = any_dw.stride(2) == 3 * any_dw.stride(3) ? any_dw : any_dw.contiguous();
-    pw = any_pw.contiguous();
+    pw = aligned(any_pw.contiguous());
   }
 
   Tensor empty_map() const { return at::empty(shape, x.options(), at::MemoryFormat::ChannelsLast); }

@@ -138,12 +138,17 @@ __device__ void normalise(const TrainingArguments& p) {
   if (threadIdx.x >= active) return;
   const int channel = threadIdx.x % parts * 8;
   float mean[8], scale[8], bias[8];
+  with_values(p.bn_bias, [&](const auto* values) {
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    mean[i] = __ldcg(p.mean + channel + i);
-    scale[i] = value(p.bn_weight, channel + i) * rsqrtf(__ldcg(p.var + channel + i) + p.eps);
-    bias[i] = value(p.bn_bias, channel + i);
-  }
+    for (int i = 0; i < 8; i++) bias[i] = as_float(values[channel + i]);
+  });
+  with_values(p.bn_weight, [&](const auto* values) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      mean[i] = __ldcg(p.mean + channel + i);
+      scale[i] = as_float(values[channel + i]) * rsqrtf(__ldcg(p.var + channel + i) + p.eps);
+    }
+  });
   const uint4* z = reinterpret_cast<const uint4*>(p.arguments.output);
   const uint4* residual = reinterpret_cast<const uint4*>(p.residual);
   const int size = c.batch * c.out_height * c.out_width * parts, stride = gridDim.x * active;

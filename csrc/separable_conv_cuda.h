@@ -1,7 +1,8 @@
 // Separable convolution on CUDA devices: what the kernels are told and how they are launched. Free of torch headers.
 //
 // Maps are dense, channels_last (N, H, W, C) and bfloat16, 16-byte aligned, of fewer
-// than 2^31 elements. Parameters are contiguous, save for dw, and float or bfloat16. All pointers are the device's.
+// than 2^31 elements. Parameters are float or bfloat16, contiguous, save for dw, and 16-byte aligned. All
+// pointers are the device's.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -53,9 +53,17 @@ struct Arguments {
 unsigned inverse(int b) { return (1u << 20) / b + 1; }
 __device__ int divided(int a, unsigned by) { return static_cast<int>(a * by >> 20); }
 
-__device__ float value(const Parameter& parameter, int index) {
-  return parameter.bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(parameter.data)[index])
-                            : static_cast<const float*>(parameter.data)[index];
+__device__ float as_float(float v) { return v; }
+__device__ float as_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Calls work(pointer to the values, typed): the one branch lies outside of the work's loads, so that they overlap.
+template <typename Work>
+__device__ void with_values(const Parameter& parameter, Work&& work) {
+  if (parameter.bfloat16) {
+    work(static_cast<const __nv_bfloat16*>(parameter.data));
+  } else {
+    work(static_cast<const float*>(parameter.data));
+  }
 }
 
 __device__ uint32_t pack(float low, float high) {
@@ -170,23 +178,25 @@ __device__ void normalise_region(const Arguments& p, const Place& tile, unsigned
   });
 }
 
+__device__ uint2 four(const __nv_bfloat16* source) { return *reinterpret_cast<const uint2*>(source); }
+__device__ uint2 four(const float* source) {
+  const float4 v = *reinterpret_cast<const float4*>(source);
+  return {pack(v.x, v.y), pack(v.z, v.w)};
+}
+
 // The pointwise weights in the order in which lanes read them: (chunk, step, pair of n tiles, lane) of 16 bytes.
-template <int NTILES>
-__device__ void load_weights(const Convolution& c, uint4* weights) {
+template <int NTILES, typename Value>
+__device__ void load_weights(const Convolution& c, const Value* source, uint4* weights) {
   const int steps = c.in_channels / step_channels;
+#pragma unroll 4
   for (int i = threadIdx.x; i < c.in_channels * c.out_channels / 8; i += threads) {
     const int lane = i % 32, g = lane / 4, t = lane % 4;
     const int pair = i / 32 % (NTILES / 2), rest = i / (32 * (NTILES / 2));
     const int step = rest % steps, chunk = rest / steps;
-    uint32_t values[4];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int row = chunk * 8 * NTILES + 2 * NTILES * (g / 2) + 2 * (2 * pair + half) + g % 2;
-      const int first = row * c.in_channels + step * step_channels + 4 * t;
-      values[2 * half] = pack(value(c.pw, first), value(c.pw, first + 1));
-      values[2 * half + 1] = pack(value(c.pw, first + 2), value(c.pw, first + 3));
-    }
-    weights[i] = {values[0], values[1], values[2], values[3]};
+    const int row = chunk * 8 * NTILES + 2 * NTILES * (g / 2) + 4 * pair + g % 2;
+    const Value* first = source + row * c.in_channels + step * step_channels + 4 * t;
+    const uint2 even = four(first), odd = four(first + 2 * c.in_channels);
+    weights[i] = {even.x, even.y, odd.x, odd.y};
   }
 }
 
@@ -320,7 +330,7 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
   load_region(p, here, regions);
   close_group();
   find_squares(p, squares);
-  load_weights<NTILES>(c, weights);
+  with_values(c.pw, [&](const auto* pw) { load_weights<NTILES>(c, pw, weights); });
 
   // The stencil's share: step warp % step_warps and those step_warps further on; the product's: chunk warp % chunks.
   const int step_warps = min(steps, warps), step_stride = warps / step_warps;
@@ -334,10 +344,16 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
 #pragma unroll
   for (int i = 0; i < lane_channels; i++) {
     if (TRAIN) seen.sum[i] = seen.square[i] = 0;
-    if (!TRAIN && g == 0) constants.of_lane()[i] = p.pw_bias.data ? value(p.pw_bias, channel + i) : 0;
   }
   seen.count = 0;
-  if (!TRAIN && threadIdx.x < c.in_channels) constants.dw_bias[threadIdx.x] = p.dw_bias.data ? value(p.dw_bias, threadIdx.x) : 0;
+  if (!TRAIN) {
+    with_values(p.pw_bias, [&](const auto* bias) {
+      if (lane < 8 * NTILES) constants.output[warp][lane] = bias ? as_float(bias[chunk * 8 * NTILES + lane]) : 0;
+    });
+    with_values(p.dw_bias, [&](const auto* bias) {
+      if (threadIdx.x < c.in_channels) constants.dw_bias[threadIdx.x] = bias ? as_float(bias[threadIdx.x]) : 0;
+    });
+  }
 
   int buffer = 0;
   for (int tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
@@ -359,8 +375,12 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
       if (step != held) {
         held = step;
         const int first = (step * step_channels + 4 * t) * c.dw_channel_stride;
+        with_values(c.dw, [&](const auto* source) {
 #pragma unroll
-        for (int i = 0; i < 36; i++) dw[i / 4][i % 4] = value(c.dw, first + i % 4 * c.dw_channel_stride + i / 4 * c.dw_tap_stride);
+          for (int i = 0; i < 36; i++) {
+            dw[i / 4][i % 4] = as_float(source[first + i % 4 * c.dw_channel_stride + i / 4 * c.dw_tap_stride]);
+          }
+        });
       }
       for (int group = first_step_group; group < tiling.groups; group += step_stride) {
         float bias[4] = {};
