@@ -11,7 +11,7 @@ from . import channel_attention_sweeps as sweeps
 from ._common import counter, dense, dot_dtype, jit, launch, rounded
 from ._common import why_not as why_not_tensors
 from ._tuned import blocks
-from .channel_attention_at_once import loss_at_once
+from .channel_attention_at_once import loss_at_once, moments
 
 MOST_TEACHER_CHANNELS = 1024  # where a program keeps whole rows of weights
 MOST_AT_ONCE = 1 << 14  # elements of a block of the student's map that a program keeps
@@ -34,26 +34,21 @@ def candidates(same: tuple[int, ...]) -> list[dict]:
     """Block sizes to try for (C_s, C_t)."""
     default = _sweep_sizes(_padded(same[0]), _padded(same[1]), raw=True)
     return [
-        {**default, "tile": tile, "num_warps": warps, "num_stages": stages}
-        for tile in (max(16, default["tile"] // 2), default["tile"])
-        for warps in (4, 8)
-        for stages in (2, 3)
+        {**default, "tile": max(16, default["tile"] // share), "num_warps": warps, "num_stages": stages}
+        for share, warps, stages in ((1, 8, 2), (1, 8, 3), (1, 4, 2), (2, 4, 3), (2, 8, 3))
     ]
 
 
 def candidates_for_loss(same: tuple[int, ...]) -> list[dict]:
     """Block sizes to try for (C_s, C_t, positions of a tile that holds them all)."""
     rows, columns, tile = _padded(same[0]), _padded(same[1]), same[2]
-    choices = candidates(same) if columns <= MOST_TEACHER_CHANNELS else []
-    if 16 * tile <= MOST_AT_ONCE:
-        choices += [
-            {
-                "at_once": 1, "block_rows": block_rows, "block_columns": min(columns, 32, MOST_AT_ONCE // tile),
-                "tile": tile, "num_warps": warps, "num_stages": 1
-            }
-            for block_rows in {16, 32, 64} if block_rows <= rows and block_rows * tile <= MOST_AT_ONCE
-            for warps in (4, 8)
-        ]  # fmt: skip
+    choices = candidates(same) if columns <= 128 or 16 * tile > MOST_AT_ONCE else []
+    most = MOST_AT_ONCE // tile
+    for block_rows in sorted({min(rows, 64), min(rows, 32)}):
+        for block_columns in sorted({min(columns, 32), min(columns, 64)}):
+            if max(block_rows, block_columns) <= most:
+                sizes = {"at_once": 1, "block_rows": block_rows, "block_columns": block_columns, "tile": tile}
+                choices += [{**sizes, "num_warps": warps, "num_stages": 1} for warps in (4, 8)]
     return choices
 
 
@@ -83,7 +78,9 @@ def _loss_sizes(rows: int, columns: int, tile: int, raw: bool) -> dict[str, int]
     if columns <= (MOST_TEACHER_CHANNELS if tile > 256 else 0 if raw else 128):
         return _sweep_sizes(rows, columns, raw)
     block_columns = min(columns, 16 if not raw else 64 if tile <= 64 else 32)
-    block_rows = (8192 if block_columns < columns else 4096) // tile if raw else 16
+    block_rows = 4096 // tile if raw else 16
+    if block_columns < columns and tile > 64:
+        block_rows, block_columns = (32, 16) if raw else (16, 16)
     return {
         "at_once": 1, "block_rows": max(16, min(rows, block_rows, 32)), "block_columns": block_columns, "tile": tile,
         "num_warps": 8, "num_stages": 1,
@@ -101,6 +98,8 @@ def _choice(kernel: str, student: Tensor, teacher: Tensor, *others: Tensor) -> t
     else:
         same, default = (rows, columns), _sweep_sizes(_padded(rows), _padded(columns), raw)
     choice = blocks(kernel, teacher, same, positions, default)
+    if choice["at_once"]:
+        choice = {**choice, "tile": _padded(positions)}
     constants = {
         "rows": rows, "columns": columns, "block_rows": choice["block_rows"], "block_columns": choice["block_columns"],
         "tile": choice["tile"], "raw": raw, "dot": dot_dtype(torch.bfloat16 if raw else torch.float32),
@@ -183,11 +182,24 @@ def channel_attention_loss(
         if mean is not None:
             mean, std = dense(mean), dense(std)
         at_once, grid, constants = _choice("channel_attention_loss", student, teacher)
+        if at_once and mean is None and constants["block_columns"] < teacher.shape[1]:
+            mean, std = _moments(teacher, constants["tile"], constants["raw"])
         launch(
             loss_at_once if at_once else sweeps.loss, grid, student, teacher, mean, std, gradient, loss, loss.new_empty(grid[0]), counter(student),
             student.shape[2] * student.shape[3], 2 / student.numel(), **constants, standardize=standardize,
         )  # fmt: skip
     return loss, student.new_empty(0) if gradient is None else gradient
+
+
+def _moments(teacher: Tensor, tile: int, raw: bool) -> tuple[Tensor, Tensor]:
+    batch, columns, height, width = teacher.shape
+    mean = teacher.new_empty(batch, columns, dtype=torch.float32)
+    std = torch.empty_like(mean)
+    block = min(_padded(columns), max(16, 8192 // tile))
+    grid = (batch * triton.cdiv(columns, block),)
+    constants = {"columns": columns, "block_columns": block, "tile": tile, "raw": raw}
+    launch(moments, grid, teacher, mean, std, height * width, **constants, num_warps=8)
+    return mean, std
 
 
 def channel_attention_loss_backward(grad_loss: Tensor, gradient: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def _correlate(x, k):
 
 @triton.jit
 def _centre(map_ptr, position, channel, positions, channels: tl.constexpr, raw: tl.constexpr, dot: tl.constexpr):
-    """All positions of some channels, as products take them; mean, what is left of it in them, standard deviation."""
+    """All positions of some channels, as products take them; their mean and standard deviation."""
     inside = (position < positions)[:, None] & (channel < channels)[None, :]
     tile = tl.load(map_ptr + position[:, None] * channels + channel[None, :], mask=inside, other=0)
     # Around the first value, so that what is constant has a deviation of exactly zero.
@@ -33,70 +33,90 @@ def _centre(map_ptr, position, channel, positions, channels: tl.constexpr, raw: 
     mean = tl.sum(less, 0) / positions
     if raw:
         variance = tl.sum(less * less, 0) / positions - mean * mean
-        return tile.to(dot), first + mean, first + mean, tl.sqrt(tl.where(variance < 0, 0.0, variance))
+        return tile.to(dot), first + mean, tl.sqrt(tl.where(variance < 0, 0.0, variance))
     less = tl.where(inside, less - mean[None, :], 0.0)
-    return less.to(dot), first + mean, tl.zeros_like(mean), tl.sqrt(tl.sum(less * less, 0) / positions)
+    return less.to(dot), first + mean, tl.sqrt(tl.sum(less * less, 0) / positions)
 
 
 @triton.jit
 def _logits(
-    q, q_mean, q_scale, k_ptr, mean_ptr, std_ptr, position, column, positions, columns: tl.constexpr,
+    q, q_mean, q_std, q_scale, k_ptr, mean_ptr, std_ptr, position, column, positions, columns: tl.constexpr,
     raw: tl.constexpr, dot: tl.constexpr, standardize: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of the scores, -inf outside; K as products take it, its means, what is left of them in K, its scales."""
+    """Some columns of the scores, -inf outside; K as products take it, its means and scales."""
     if mean_ptr is None:
-        k, mean, left, std = _centre(k_ptr, position, column, positions, columns, raw, dot)
+        k, mean, std = _centre(k_ptr, position, column, positions, columns, raw, dot)
     else:
         mean = tl.load(mean_ptr + column, mask=column < columns, other=0)
         std = tl.load(std_ptr + column, mask=column < columns, other=0)
-        k, _, _ = read(k_ptr, position, column, positions, mean, columns, raw, dot)
-        left = mean if raw else tl.zeros_like(mean)
+        k = read(k_ptr, position, column, positions, mean, columns, raw, dot)[0]
     products = _correlate(q, k)
     if standardize:
         scale = 1 / (std + EPSILON)
         if raw:
-            products -= positions * q_mean[:, None] * mean[None, :]
+            # Of channels that are constant, rounding would be all that is left.
+            constant = (q_std == 0)[:, None] | (std == 0)[None, :]
+            products = tl.where(constant, 0.0, products - positions * q_mean[:, None] * mean[None, :])
     else:
         scale = tl.full(std.shape, 1.0, tl.float32)
         if not raw:
             products += positions * q_mean[:, None] * mean[None, :]
     logits = tl.where((column < columns)[None, :], products * q_scale[:, None] * scale[None, :], float("-inf"))
-    return logits, k, mean, left, scale
+    return logits, k, mean, scale
 
 
 @triton.jit
-def _attend(logits, k, q_mean, k_mean, k_left, largest, total, error, shift, projected, dot: tl.constexpr):
-    """Take columns into a softmax that is under way: sums of A, of A (q - k), of what is left of k, and A K."""
-    greatest = tl.maximum(largest, tl.max(logits, 1))
-    weights = tl.exp(logits - greatest[:, None])
-    fade = tl.exp(largest - greatest)
-    operand = weights.to(dot)
-    total = total * fade + tl.sum(weights, 1)
-    error = error * fade + tl.sum(weights * (q_mean[:, None] - k_mean[None, :]), 1)
-    shift = shift * fade + tl.sum(operand.to(tl.float32) * k_left[None, :], 1)
-    projected = tl.dot(k, tl.trans(operand), projected * fade[None, :], input_precision="tf32x3")
-    return greatest, total, error, shift, projected
+def _attend(
+    logits, k, q_mean, k_mean, largest, totals, errors, projected, dot: tl.constexpr, standardize: tl.constexpr
+):
+    """Take columns into a softmax that is under way: A, A (q - k), both still to be summed along rows, and A K."""
+    if not standardize:  # standardised scores are at most sqrt(P): their exponentials need no maximum
+        greatest = tl.maximum(largest, tl.max(logits, 1))
+        fade = tl.exp(largest - greatest)
+        largest = greatest
+        logits -= largest[:, None]
+        totals *= fade[:, None]
+        errors *= fade[:, None]
+        projected *= fade[None, :]
+    weights = tl.exp(logits)
+    totals += weights
+    errors += weights * (q_mean[:, None] - k_mean[None, :])
+    projected = tl.dot(k, tl.trans(weights.to(dot)), projected, input_precision="tf32x3")
+    return largest, totals, errors, projected
 
 
 @triton.jit
 def _slope_through(
-    logits, k, q_mean, k_mean, k_left, k_scale, r, r_sum, q_scale, largest, total, error, mean_product,
-    positions, spread, shift, gradient, dot: tl.constexpr, standardize: tl.constexpr,
+    logits, k, k_mean, k_scale, r, factor, offset, q_scale, largest, total, spreads, shifts, gradient,
+    dot: tl.constexpr, standardize: tl.constexpr,
 ):  # fmt: skip
-    """Add some columns of V: to h, to what is left of k in V K, and to V K."""
-    weights = tl.exp(logits - largest[:, None]) / total[:, None]
-    products = _correlate(r, k) - r_sum[:, None] * k_left[None, :]
-    # R K^T up to a constant per row: of K less its means, and of the means.
-    products += positions * error[:, None] * (error[:, None] - (q_mean[:, None] - k_mean[None, :]))
-    through = weights * (products - mean_product[:, None])
-    if standardize:
-        spread += tl.sum(through * tl.where(weights > 0, logits - largest[:, None], 0.0), 1)
-    slopes = through * q_scale[:, None] * k_scale[None, :]
-    operand = slopes.to(dot)
-    shift += tl.sum(operand.to(tl.float32) * k_left[None, :], 1)
+    """Add some columns of V: to h and to V k, both still to be summed along rows, and to V K.
+
+    T is R^T K + factor k + offset.
+    """
     if not standardize:
-        shift -= tl.sum(slopes * k_mean[None, :], 1)
-    return spread, shift, tl.dot(k, tl.trans(operand), gradient, input_precision="tf32x3")
+        logits -= largest[:, None]
+    weights = tl.exp(logits) / total[:, None]
+    through = weights * (_correlate(r, k) + factor[:, None] * k_mean[None, :] + offset[:, None])
+    slopes = through * q_scale[:, None] * k_scale[None, :]
+    if standardize:
+        spreads += tl.where(weights > 0, through * logits, 0.0)
+    else:
+        shifts += slopes * k_mean[None, :]
+    return spreads, shifts, tl.dot(k, tl.trans(slopes.to(dot)), gradient, input_precision="tf32x3")
+
+
+@jit
+def moments(
+    k_ptr, mean_ptr, std_ptr, positions,
+    columns: tl.constexpr, block_columns: tl.constexpr, tile: tl.constexpr, raw: tl.constexpr,
+):  # fmt: skip
+    """Means and standard deviations of K, for programs that would each compute them more than once."""
+    image, column = image_and_rows(columns, block_columns)
+    k_ptr += image * positions * columns
+    _, mean, std = _centre(k_ptr, tl.arange(0, tile), column, positions, columns, raw, tl.float32)
+    tl.store(mean_ptr + image * columns + column, mean, mask=column < columns)
+    tl.store(std_ptr + image * columns + column, std, mask=column < columns)
 
 
 @jit
@@ -115,60 +135,76 @@ def loss_at_once(
     position = tl.arange(0, tile)
     inside = (position < positions)[:, None] & (row < rows)[None, :]
     at = position[:, None] * rows + row[None, :]
-    operand, q_mean, _, q_std = _centre(q_ptr, position, row, positions, rows, raw, dot)
+    operand, q_mean, q_std = _centre(q_ptr, position, row, positions, rows, raw, dot)
     root = tl.sqrt(positions.to(tl.float32))
     q_scale = 1 / (root * (q_std + EPSILON)) if standardize else tl.zeros_like(q_std) + 1 / root
 
     column = tl.arange(0, block_columns)
-    zero = tl.zeros_like(q_mean)
-    largest, total, error, shift = zero - float("inf"), zero, zero, zero
+    largest = tl.full([block_rows], float("-inf"), tl.float32)
+    totals = tl.zeros([block_rows, block_columns], tl.float32)
+    errors = tl.zeros([block_rows, block_columns], tl.float32)
     projected = tl.zeros([tile, block_rows], tl.float32)
     if columns <= block_columns:
-        logits, k, k_mean, k_left, k_scale = _logits(
-            operand, q_mean, q_scale, k_ptr, mean_ptr, std_ptr, position, column, positions, columns, raw, dot, standardize
-        )
-        largest, total, error, shift, projected = _attend(
-            logits, k, q_mean, k_mean, k_left, largest, total, error, shift, projected, dot
+        logits, k, k_mean, k_scale = _logits(
+            operand, q_mean, q_std, q_scale, k_ptr, mean_ptr, std_ptr, position, column, positions, columns, raw, dot,
+            standardize,
+        )  # fmt: skip
+        largest, totals, errors, projected = _attend(
+            logits, k, q_mean, k_mean, largest, totals, errors, projected, dot, standardize
         )
     else:
         for first in range(0, columns, block_columns):
-            logits, k, k_mean, k_left, k_scale = _logits(
-                operand, q_mean, q_scale, k_ptr, mean_ptr, std_ptr, position, first + column, positions, columns, raw,
+            logits, k, k_mean, k_scale = _logits(
+                operand, q_mean, q_std, q_scale, k_ptr, mean_ptr, std_ptr, position, first + column, positions, columns, raw,
                 dot, standardize,
             )  # fmt: skip
-            largest, total, error, shift, projected = _attend(
-                logits, k, q_mean, k_mean, k_left, largest, total, error, shift, projected, dot
+            largest, totals, errors, projected = _attend(
+                logits, k, q_mean, k_mean, largest, totals, errors, projected, dot, standardize
             )
-    error /= total
+    total = tl.sum(totals, 1)
+    error = tl.sum(errors, 1) / total
     # Q is loaded again, and so that the compiler does not keep it from the first time: registers are short.
     q = tl.load(q_ptr + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32) - q_mean[None, :]
-    r = tl.where(inside, q + (error + shift / total)[None, :] - projected / total[None, :], 0.0)
+    if raw:
+        projected -= (tl.sum(projected, 0) / positions)[None, :]
+    r = tl.where(inside, q + error[None, :] - projected / total[None, :], 0.0)
     squares = tl.sum(r * r)
 
     if gradient_ptr is not None:
         difference = r.to(dot)
-        r_sum = tl.sum(difference.to(tl.float32), 0)
-        mean_product = tl.sum(r * (q + error[None, :] - r), 0)  # sum of A T, as A K = Q + e - R
-        spread, shift = zero, zero
+        # T is R K^T, K less its means, plus P e k up to a constant per row, with which the sum of A T is that of
+        # R (Q + e - R), as A K = Q + e - R.
+        factor = positions * error
+        offset = -factor * (q_mean - error) - tl.sum(r * (q + error[None, :] - r), 0)
+        if raw:
+            factor -= tl.sum(difference.to(tl.float32), 0)
+        spreads = tl.zeros([block_rows, block_columns], tl.float32)
+        shifts = tl.zeros([block_rows, block_columns], tl.float32)
         gradient = -r
         if columns <= block_columns:
-            spread, shift, gradient = _slope_through(
-                logits, k, q_mean, k_mean, k_left, k_scale, difference, r_sum, q_scale, largest, total, error,
-                mean_product, positions, spread, shift, gradient, dot, standardize,
+            spreads, shifts, gradient = _slope_through(
+                logits, k, k_mean, k_scale, difference, factor, offset, q_scale, largest, total, spreads, shifts,
+                gradient, dot, standardize,
             )  # fmt: skip
         else:
             for first in range(0, columns, block_columns):
-                logits, k, k_mean, k_left, k_scale = _logits(
-                    operand, q_mean, q_scale, k_ptr, mean_ptr, std_ptr, position, first + column, positions, columns,
+                logits, k, k_mean, k_scale = _logits(
+                    operand, q_mean, q_std, q_scale, k_ptr, mean_ptr, std_ptr, position, first + column, positions, columns,
                     raw, dot, standardize,
                 )  # fmt: skip
-                spread, shift, gradient = _slope_through(
-                    logits, k, q_mean, k_mean, k_left, k_scale, difference, r_sum, q_scale, largest, total, error,
-                    mean_product, positions, spread, shift, gradient, dot, standardize,
+                spreads, shifts, gradient = _slope_through(
+                    logits, k, k_mean, k_scale, difference, factor, offset, q_scale, largest, total, spreads, shifts,
+                    gradient, dot, standardize,
                 )  # fmt: skip
-        spread = tl.where(q_std == 0, 0.0, spread / ((q_std + EPSILON) * q_std * positions))
-        q = tl.load(q_ptr + at, mask=inside, other=0, cache_modifier=".ca").to(tl.float32) - q_mean[None, :]
-        gradient = spread[None, :] * q + shift[None, :] - gradient
+        gradient = -gradient
+        if standardize:
+            if raw:
+                gradient += (error - tl.sum(gradient, 0) / positions)[None, :]
+            q = tl.load(q_ptr + at, mask=inside, other=0, cache_modifier=".ca").to(tl.float32) - q_mean[None, :]
+            spread = tl.sum(spreads, 1) / ((q_std + EPSILON) * q_std * positions)
+            gradient += tl.where(q_std == 0, 0.0, spread)[None, :] * q
+        elif not raw:
+            gradient -= tl.sum(shifts, 1)[None, :]
         tl.store(
             gradient_ptr + image * positions * rows + at,
             rounded(gradient * slope, gradient_ptr.dtype.element_ty), mask=inside,

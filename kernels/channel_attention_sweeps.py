@@ -88,7 +88,9 @@ def _scores(
         k_mean += k_pivot
         q_pivot = tl.zeros_like(q_pivot)
         k_pivot = tl.zeros_like(k_pivot)
-    products -= positions * q_mean[:, None] * k_mean[None, :]
+    # Of channels that are constant, rounding would be all that is left.
+    constant = (q_std == 0)[:, None] | (k_std == 0)[None, :]
+    products = tl.where(constant, 0.0, products - positions * q_mean[:, None] * k_mean[None, :])
     return products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std
 
 
