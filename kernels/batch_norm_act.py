@@ -1,8 +1,9 @@
 """Training batch norm, residual and ReLU in one or two launches, forward and backward.
 
-A program owns a block of channels and a share of the pixels. It reads its share twice: for the sums over pixels, then,
-once every program's sums are known, to compute with them; backwards the second time, meeting first what is still in a
-cache. How the programs of one block of channels learn of each other's sums is the `SPLIT` of the kernels:
+A program owns a block of channels and a share of the pixels. It needs its share twice: for the sums over pixels, then,
+once every program's sums are known, to compute with them. It holds the first HELD tiles of its share in registers; the
+rest it reads again, backwards, meeting first what is still in a cache. UNROLL tiles are loaded before any of them is
+used, because no load passes a store. How the programs of one block of channels learn of each other's sums is the `SPLIT` of the kernels:
 
 "none": one program owns all pixels. "grid": all programs run at the same time and wait for each other, in one launch.
 "sums", then "rest": two launches, the first ends where the sums are stored.
@@ -17,6 +18,7 @@ from . import _common
 from ._common import INTERPRETED, counter, dense, jit, launch, processors, relu, rounded, wait_for_all
 from ._tuned import blocks
 
+_interpreted = tl.constexpr(INTERPRETED)
 MOST_SHARES = 256  # every program loads the sums of all of them at once
 
 
@@ -31,8 +33,24 @@ def _tile(start, end, columns, channels, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, offsets, there):
-    return tl.load(pointer + offsets, mask=there, other=0.0).to(tl.float32)
+def _load_tiles(pointer, start, end, columns, channels, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """A tuple of TILES tiles from pixel `start` on, as they are in memory; of nothing, nothing."""
+    tiles = ()
+    if pointer is not None:
+        for tile in tl.static_range(TILES):
+            offsets, there = _tile(start + tile * ROWS, end, columns, channels, ROWS)
+            tiles = tiles + (tl.load(pointer + offsets, mask=there, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _forgotten(v):
+    """v, of which the compiler knows nothing: what was computed from it before is computed again, not kept."""
+    if _interpreted:
+        return v
+    if v.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=v.dtype, is_pure=True, pack=2)
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=v.dtype, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -41,20 +59,27 @@ def _load_columns(pointer, columns, channels):
 
 
 @triton.jit
-def _statistics(x_ptr, columns, channels, first, end, ROWS: tl.constexpr, UNROLL: tl.constexpr):
+def _statistics(
+    held, x_ptr, first, end, columns, channels, ROWS: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr
+):
     """Mean of pixels [first, end) per column, less the first pixel of all, and sum of squared deviations from it.
 
     Every row of the tile adds up deviations from its own first value; then rows are combined by their means (Chan,
     Golub and LeVeque, 1983), which are told from the first pixel on: so a mean far from zero costs no digits.
     """
-    offsets, there = _tile(first, end, columns, channels, ROWS)
-    pivot = _load(x_ptr, offsets, there)
+    pivot = held[0].to(tl.float32)
     total = tl.zeros_like(pivot)
     squares = tl.zeros_like(pivot)
-    for start in range(first, end, ROWS * UNROLL):
-        for u in tl.static_range(UNROLL):
-            offsets, there = _tile(start + u * ROWS, end, columns, channels, ROWS)
-            deviation = tl.where(there, _load(x_ptr, offsets, there) - pivot, 0.0)
+    for tile in tl.static_range(1, HELD):
+        _, there = _tile(first + tile * ROWS, end, columns, channels, ROWS)
+        deviation = tl.where(there, held[tile].to(tl.float32) - pivot, 0.0)
+        total += deviation
+        squares += deviation * deviation
+    for start in range(first + HELD * ROWS, end, UNROLL * ROWS):
+        tiles = _load_tiles(x_ptr, start, end, columns, channels, ROWS, UNROLL)
+        for tile in tl.static_range(UNROLL):
+            _, there = _tile(start + tile * ROWS, end, columns, channels, ROWS)
+            deviation = tl.where(there, tiles[tile].to(tl.float32) - pivot, 0.0)
             total += deviation
             squares += deviation * deviation
     in_row = tl.maximum(end - first - tl.arange(0, ROWS) + ROWS - 1, 0) // ROWS
@@ -101,50 +126,118 @@ def _wait(counter_ptr):
     wait_for_all(counter_ptr, first, tl.num_programs(0) * tl.num_programs(1))
 
 
+@triton.jit
+def _write_y(
+    x, residual, y_ptr, start, end, columns, channels, mean, scale, bias, ROWS: tl.constexpr, TILES: tl.constexpr,
+    OFFSET: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """y of TILES tiles from pixel `start` on, from x's tiles OFFSET to OFFSET + TILES."""
+    for tile in tl.static_range(TILES):
+        y = (_forgotten(x[OFFSET + tile]).to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :]
+        if len(residual) > 0:
+            y += residual[tile].to(tl.float32)
+        if RELU:
+            y = relu(y)
+        offsets, there = _tile(start + tile * ROWS, end, columns, channels, ROWS)
+        tl.store(y_ptr + offsets, rounded(y, y_ptr.dtype.element_ty), mask=there)
+
+
 @jit
 def _forward(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, mean_ptr, var_ptr, partials_ptr, counter_ptr,
     pixels, share, shares, chunks, eps,
-    VECTOR: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, WRITTEN: tl.constexpr,
+    VECTOR: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr,
     SHARES: tl.constexpr, SPLIT: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     channels = chunks * VECTOR
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * share
     end = tl.minimum(first + share, pixels)
+    TOGETHER: tl.constexpr = min(UNROLL, HELD)
+    held = _load_tiles(x_ptr, first, end, columns, channels, ROWS, HELD)
     if SPLIT != "rest":
-        shift, squares = _statistics(x_ptr, columns, channels, first, end, ROWS, UNROLL)
+        shift, squares = _statistics(held, x_ptr, first, end, columns, channels, ROWS, UNROLL, HELD)
         if SPLIT != "none":
             _store_partials(partials_ptr, columns, channels, shift, squares)
-    if SPLIT == "grid":
-        _wait(counter_ptr)
     if SPLIT != "sums":
+        residual = _load_tiles(residual_ptr, first, end, columns, channels, ROWS, TOGETHER)  # arrives while waiting
+        weight = _load_columns(weight_ptr, columns, channels)
+        bias = _load_columns(bias_ptr, columns, channels)
+        base = _load_columns(x_ptr, columns, channels)
+        if SPLIT == "grid":
+            _wait(counter_ptr)
+        first = _forgotten(first)
         if SPLIT != "none":
             shift, squares = _combined_statistics(partials_ptr, columns, channels, pixels, share, shares, SHARES)
-        mean = _load_columns(x_ptr, columns, channels) + shift
+        mean = base + shift
         var = squares / pixels.to(tl.float32)
         if tl.program_id(1) == 0:
             tl.store(mean_ptr + columns, mean, mask=columns < channels)
             tl.store(var_ptr + columns, var, mask=columns < channels)
-        scale = _load_columns(weight_ptr, columns, channels) * tl.rsqrt(var + eps)
-        bias = _load_columns(bias_ptr, columns, channels)
-        tiles = tl.cdiv(end - first, WRITTEN)
-        for tile in range(tiles):
-            offsets, there = _tile(first + (tiles - 1 - tile) * WRITTEN, end, columns, channels, WRITTEN)
-            y = (_load(x_ptr, offsets, there) - mean[None, :]) * scale[None, :] + bias[None, :]
-            if residual_ptr is not None:
-                y += _load(residual_ptr, offsets, there)
-            if RELU:
-                y = relu(y)
-            tl.store(y_ptr + offsets, rounded(y, y_ptr.dtype.element_ty), mask=there)
+        scale = weight * tl.rsqrt(var + eps)
+        for group in tl.static_range(0, HELD, UNROLL):
+            start = first + group * ROWS
+            if group > 0:
+                residual = _load_tiles(residual_ptr, start, end, columns, channels, ROWS, TOGETHER)
+            _write_y(
+                held, residual, y_ptr, start, end, columns, channels, mean, scale, bias,
+                ROWS, TOGETHER, group, RELU,
+            )  # fmt: skip
+        rest = first + HELD * ROWS
+        groups = tl.cdiv(end - rest, UNROLL * ROWS)
+        for group in range(groups):
+            start = rest + (groups - 1 - group) * UNROLL * ROWS
+            x = _load_tiles(x_ptr, start, end, columns, channels, ROWS, UNROLL)
+            residual_tiles = _load_tiles(residual_ptr, start, end, columns, channels, ROWS, UNROLL)
+            _write_y(
+                x, residual_tiles, y_ptr, start, end, columns, channels, mean, scale, bias, ROWS, UNROLL, 0, RELU
+            )
 
 
 @triton.jit
-def _let_through(grad, y, RELU: tl.constexpr):
-    """The gradient where the ReLU with result, or argument, y let it through; NaN does."""
+def _let_through(grad, centred, y, tile: tl.constexpr, scale, bias, RELU: tl.constexpr):
+    """The gradient where the ReLU let it through, by its result or, where that is not given, its argument; NaN does."""
     if RELU:
-        grad = tl.where(y <= 0, 0.0, grad)
+        if len(y) > 0:
+            grad = tl.where(y[tile].to(tl.float32) <= 0, 0.0, grad)
+        else:
+            grad = tl.where(centred * scale[None, :] + bias[None, :] <= 0, 0.0, grad)
     return grad
+
+
+@triton.jit
+def _add_products(
+    total, product, grad, x, y, grad_residual_ptr, start, end, columns, channels, mean, scale, bias,
+    ROWS: tl.constexpr, TILES: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """Add up g and g * (x - mean), with g the gradient that the ReLU let through, over TILES tiles from `start` on.
+
+    Returns both sums and the tiles of g, after storing them where the residual needs them.
+    """
+    through = ()
+    for tile in tl.static_range(TILES):
+        centred = x[OFFSET + tile].to(tl.float32) - mean[None, :]
+        g = _let_through(grad[OFFSET + tile].to(tl.float32), centred, y, tile, scale, bias, RELU)
+        if len(y) > 0:
+            offsets, there = _tile(start + tile * ROWS, end, columns, channels, ROWS)
+            tl.store(grad_residual_ptr + offsets, rounded(g, grad_residual_ptr.dtype.element_ty), mask=there)
+        total += g
+        product += g * centred
+        through = through + (rounded(g, grad[0].dtype),)
+    return total, product, through
+
+
+@triton.jit
+def _write_grad_x(
+    grad, x, grad_x_ptr, start, end, columns, channels, mean, scale, bias, mean_grad, slope,
+    ROWS: tl.constexpr, TILES: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    for tile in tl.static_range(TILES):
+        centred = _forgotten(x[tile]).to(tl.float32) - mean[None, :]
+        g = _let_through(_forgotten(grad[tile]).to(tl.float32), centred, (), tile, scale, bias, RELU)
+        grad_x = scale[None, :] * (g - mean_grad[None, :] - centred * slope[None, :])
+        offsets, there = _tile(start + tile * ROWS, end, columns, channels, ROWS)
+        tl.store(grad_x_ptr + offsets, rounded(grad_x, grad_x_ptr.dtype.element_ty), mask=there)
 
 
 @jit
@@ -152,32 +245,41 @@ def _backward(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, var_ptr,
     grad_x_ptr, grad_weight_ptr, grad_bias_ptr, grad_residual_ptr, partials_ptr, counter_ptr,
     pixels, share, shares, chunks, eps,
-    VECTOR: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, WRITTEN: tl.constexpr,
+    VECTOR: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr,
     SHARES: tl.constexpr, SPLIT: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     channels = chunks * VECTOR
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * share
     end = tl.minimum(first + share, pixels)
+    rest = first + HELD * ROWS
+    TOGETHER: tl.constexpr = min(UNROLL, HELD)
+    x = _load_tiles(x_ptr, first, end, columns, channels, ROWS, HELD)
+    grad = _load_tiles(grad_ptr, first, end, columns, channels, ROWS, HELD)
     mean = _load_columns(mean_ptr, columns, channels)
     inverse_deviation = tl.rsqrt(_load_columns(var_ptr, columns, channels) + eps)
     scale = _load_columns(weight_ptr, columns, channels) * inverse_deviation
     bias = _load_columns(bias_ptr, columns, channels)
+    through = ()
     if SPLIT != "rest":
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for start in range(first, end, ROWS * UNROLL):
-            for u in tl.static_range(UNROLL):
-                offsets, there = _tile(start + u * ROWS, end, columns, channels, ROWS)
-                grad = _load(grad_ptr, offsets, there)
-                centred = _load(x_ptr, offsets, there) - mean[None, :]
-                if y_ptr is None:
-                    grad = _let_through(grad, centred * scale[None, :] + bias[None, :], RELU)
-                else:
-                    grad = _let_through(grad, _load(y_ptr, offsets, there), RELU)
-                    tl.store(grad_residual_ptr + offsets, rounded(grad, x_ptr.dtype.element_ty), mask=there)
-                total += grad
-                product += grad * centred
+        for group in tl.static_range(0, HELD, UNROLL):
+            start = first + group * ROWS
+            y = _load_tiles(y_ptr, start, end, columns, channels, ROWS, TOGETHER)
+            total, product, tiles = _add_products(
+                total, product, grad, x, y, grad_residual_ptr, start, end, columns, channels, mean, scale, bias,
+                ROWS, TOGETHER, group, RELU,
+            )  # fmt: skip
+            through = through + tiles
+        for start in range(rest, end, UNROLL * ROWS):
+            some_x = _load_tiles(x_ptr, start, end, columns, channels, ROWS, UNROLL)
+            some_grad = _load_tiles(grad_ptr, start, end, columns, channels, ROWS, UNROLL)
+            some_y = _load_tiles(y_ptr, start, end, columns, channels, ROWS, UNROLL)
+            total, product, _ = _add_products(
+                total, product, some_grad, some_x, some_y, grad_residual_ptr, start, end, columns, channels,
+                mean, scale, bias, ROWS, UNROLL, 0, RELU,
+            )  # fmt: skip
         sum_grad = tl.sum(total, 0)
         sum_product = tl.sum(product, 0) * inverse_deviation
         if SPLIT != "none":
@@ -187,6 +289,7 @@ def _backward(
     if SPLIT == "grid":
         _wait(counter_ptr)
     if SPLIT != "sums":
+        first = _forgotten(first)
         if SPLIT != "none":
             pointers, known = _shares(partials_ptr, columns, channels, shares, SHARES)
             sum_grad = tl.sum(tl.load(pointers, mask=known, other=0.0, cache_modifier=".cg"), 0)
@@ -197,20 +300,24 @@ def _backward(
             grad_bias = rounded(sum_grad, grad_bias_ptr.dtype.element_ty)
             tl.store(grad_bias_ptr + columns, grad_bias, mask=columns < channels)
         if grad_x_ptr is not None:
-            n = pixels.to(tl.float32)
-            mean_grad = sum_grad / n
-            slope = sum_product * inverse_deviation / n
-            tiles = tl.cdiv(end - first, WRITTEN)
-            for tile in range(tiles):
-                offsets, there = _tile(first + (tiles - 1 - tile) * WRITTEN, end, columns, channels, WRITTEN)
-                centred = _load(x_ptr, offsets, there) - mean[None, :]
+            mean_grad = sum_grad / pixels.to(tl.float32)
+            slope = sum_product * inverse_deviation / pixels.to(tl.float32)
+            _write_grad_x(
+                through, x, grad_x_ptr, first, end, columns, channels, mean, scale, bias, mean_grad, slope,
+                ROWS, HELD, False,
+            )  # fmt: skip
+            groups = tl.cdiv(end - rest, UNROLL * ROWS)
+            for group in range(groups):
+                start = rest + (groups - 1 - group) * UNROLL * ROWS
+                some_x = _load_tiles(x_ptr, start, end, columns, channels, ROWS, UNROLL)
                 if y_ptr is None:
-                    grad = _load(grad_ptr, offsets, there)
-                    grad = _let_through(grad, centred * scale[None, :] + bias[None, :], RELU)
+                    some_grad = _load_tiles(grad_ptr, start, end, columns, channels, ROWS, UNROLL)
                 else:
-                    grad = _load(grad_residual_ptr, offsets, there)
-                grad_x = scale[None, :] * (grad - mean_grad[None, :] - centred * slope[None, :])
-                tl.store(grad_x_ptr + offsets, rounded(grad_x, grad_x_ptr.dtype.element_ty), mask=there)
+                    some_grad = _load_tiles(grad_residual_ptr, start, end, columns, channels, ROWS, UNROLL)
+                _write_grad_x(
+                    some_grad, some_x, grad_x_ptr, start, end, columns, channels, mean, scale, bias, mean_grad, slope,
+                    ROWS, UNROLL, RELU and y_ptr is None,
+                )  # fmt: skip
 
 
 # ---- launchers
@@ -227,7 +334,7 @@ def batch_norm_act_train(
     if x.numel() == 0:
         return y, mean.zero_(), var.zero_()
     tensors = (x, weight, bias, residual, y, mean, var)
-    _run("batch_norm_act_forward", _forward, x, residual is not None, relu, eps, *tensors)
+    _run(_forward, x, False, residual is not None, relu, eps, *tensors)
     return y, mean, var
 
 
@@ -255,7 +362,7 @@ def batch_norm_act_train_backward(
         grad_bias.zero_()
     else:
         tensors = (grad_y, x, weight, bias, y, mean, var, grad_x, grad_weight, grad_bias, grad_residual)
-        _run("batch_norm_act_backward", _backward, x, y is not None, relu, eps, *tensors)
+        _run(_backward, x, True, y is not None, relu, eps, *tensors)
     return (
         x.new_empty(0) if grad_x is None else grad_x,
         grad_weight,
@@ -264,11 +371,13 @@ def batch_norm_act_train_backward(
     )
 
 
-def _run(name: str, kernel, x: Tensor, maps: int, relu: bool, eps: float, *tensors: Tensor | None) -> None:
-    """Launch `kernel` for maps like x; `maps` counts those besides what every call has, which decide what is fast."""
+def _run(kernel, x: Tensor, backward: bool, added: bool, relu: bool, eps: float, *tensors: Tensor | None) -> None:
+    """Launch `kernel` for maps like x; `added`: with a residual or, backward, with y."""
     batch, channels, height, width = x.shape
     pixels = batch * height * width
-    choice = blocks(name, x, same=(channels, maps), size=pixels, default=_default(channels, pixels))
+    same = channels, x.element_size(), int(backward), int(added)
+    name = "batch_norm_act_backward" if backward else "batch_norm_act_forward"
+    choice = blocks(name, x, same, pixels, default=_default(same, pixels))
     columns = choice["columns"]
     grid_wide = choice["grid"] and not INTERPRETED
     column_blocks = triton.cdiv(channels, columns)
@@ -285,38 +394,51 @@ def _run(name: str, kernel, x: Tensor, maps: int, relu: bool, eps: float, *tenso
         splits = ("grid",) if grid_wide else ("sums", "rest")
         zero = counter(x) if grid_wide else None
     vector = min(channels & -channels, 8)
+    if len(splits) == 1:
+        held = min(choice["held"], triton.next_power_of_2(triton.cdiv(share, choice["rows"])))
+    else:
+        held = 0 if backward else 1  # nothing outlives a launch; the tile that statistics start from counts as held
     for split in splits:
         launch(
             kernel, (column_blocks, shares), *tensors, partials, zero, pixels, share, shares, channels // vector, eps,
             num_warps=choice["num_warps"], num_stages=choice["num_stages"], cooperative=split == "grid",
-            VECTOR=vector, COLUMNS=columns, ROWS=choice["rows"], UNROLL=choice["unroll"], WRITTEN=choice["written"],
+            VECTOR=vector, COLUMNS=columns, ROWS=choice["rows"], UNROLL=choice["unroll"], HELD=held,
             SHARES=triton.next_power_of_2(most_shares), SPLIT=split, RELU=relu,
         )  # fmt: skip
 
 
-def _sizes(columns: int, unroll: int, fewest: int, grid: int, programs: int = 1, num_warps: int = 16) -> dict[str, int]:
-    """columns, rows: of the tile whose sums a program keeps, 8 elements a thread, `unroll` of them loaded together;
-    written: rows of the tile the rest is computed in; fewest: pixels of a program; grid: 1 for one launch;
-    programs: a multiprocessor, with two launches."""
+# ---- block sizes
+
+
+def _sizes(
+    same: tuple[int, ...], columns: int, fewest: int = 0, grid: int = 1, programs: int = 1, num_warps: int = 16
+) -> dict[str, int]:
+    """columns, rows: of a tile, 8 elements a thread; unroll: tiles loaded together, of every map; held: tiles, at most;
+    fewest: pixels of a program; grid: 1 for one launch; programs: a multiprocessor, with two launches.
+
+    16 warps leave 128 registers a thread, which these numbers of tiles nearly fill.
+    """
+    _, element_size, backward, added = same
     rows = 256 * num_warps // columns
     return {
-        "columns": columns, "rows": rows, "unroll": unroll, "written": 2 * rows, "fewest": max(fewest, rows),
+        "columns": columns, "rows": rows, "unroll": (4 if backward else 8) // element_size,
+        "held": 2 if backward else (24 if added else 32) // element_size, "fewest": max(fewest, rows),
         "grid": grid, "programs": programs, "num_warps": num_warps, "num_stages": 1,
     }  # fmt: skip
 
 
-def _default(channels: int, pixels: int) -> dict[str, int]:
+def _default(same: tuple[int, ...], pixels: int) -> dict[str, int]:
+    channels = same[0]
     if pixels <= 2048 and channels >= 256:  # one program owns all pixels of a few channels
-        return _sizes(16 if channels >= 1024 else 8, unroll=2, fewest=2048, grid=1)
-    return _sizes(min(32, triton.next_power_of_2(channels)), unroll=2, fewest=0, grid=1)
+        return _sizes(same, 16 if channels >= 1024 else 8, fewest=2048)
+    return _sizes(same, min(32, triton.next_power_of_2(channels)))
 
 
 def candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
-    channels, _ = same
-    widths = [columns for columns in (8, 16, 32, 64) if columns <= channels] or [triton.next_power_of_2(channels)]
-    in_one = [_sizes(columns, 2, fewest=0, grid=1) for columns in widths]
-    in_two = [_sizes(columns, 2, fewest=0, grid=0, programs=2, num_warps=8) for columns in widths[-2:]]
-    alone = [_sizes(columns, 2, fewest=4096, grid=1) for columns in widths[:2]]
+    widths = [columns for columns in (8, 16, 32, 64) if columns <= same[0]] or [triton.next_power_of_2(same[0])]
+    in_one = [_sizes(same, columns) for columns in widths]
+    in_two = [_sizes(same, columns, grid=0, programs=2, num_warps=8) for columns in widths[-2:]]
+    alone = [_sizes(same, columns, fewest=4096) for columns in widths[:2]]
     return [*in_one, *in_two, *alone]
 
 

@@ -19,7 +19,7 @@ SHAPES = {"odd": (3, 17, 7, 5), "wide": (2, 40, 3, 18)}
 RELU_AND_RESIDUAL = {"relu": (True, False), "relu_residual": (True, True), "residual": (False, True), "plain": (False, False)}
 
 # How programs learn of each other's sums, with tiles so small that a few images fill some, the last in part.
-_TILES = {"columns": 16, "rows": 8, "written": 16, "fewest": 16, "programs": 3}
+_TILES = {"columns": 16, "rows": 16, "unroll": 2, "held": 2, "fewest": 32, "programs": 3}
 SPLITS = {
     "alone": {**_TILES, "fewest": 1 << 20},
     "two_launches": {**_TILES, "grid": 0},
@@ -86,7 +86,7 @@ def test_accuracy(split, shape, dtype, relu, residual):
     check_accuracy(make_inputs(shape, dtype, residual=dtype if residual else None), relu=relu)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (9, 3, 1, 1), (5, 179, 8, 13), (32, 24, 16, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (9, 3, 1, 1), (5, 179, 8, 13)], ids=str)
 def test_accuracy_with_the_default_tiles(shape):
     check_accuracy(make_inputs(shape, torch.bfloat16, residual=torch.bfloat16))
 
