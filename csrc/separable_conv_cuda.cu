@@ -53,7 +53,7 @@ __device__ void store_partials(const TrainingArguments& p, unsigned char* shared
   const int channels = p.arguments.convolution.out_channels, chunks = channels / chunk_channels;
   float2(*moments)[chunk_channels] = reinterpret_cast<float2(*)[chunk_channels]>(shared);
   float* counts = reinterpret_cast<float*>(moments + warps);
-  const float count = seen.count;
+  const float count = seen.count, per_pixel = 1 / count;
   __syncthreads();  // shared memory has been read
 #pragma unroll
   for (int i = 0; i < lane_channels; i++) {
@@ -62,7 +62,7 @@ __device__ void store_partials(const TrainingArguments& p, unsigned char* shared
       seen.square[i] += __shfl_xor_sync(0xffffffffu, seen.square[i], distance);
     }
     if (lane < 4 && count > 0) {
-      const float difference = seen.sum[i] / count;
+      const float difference = seen.sum[i] * per_pixel;
       moments[warp][lane * lane_channels + i] = {pivots[i] + difference, seen.square[i] - seen.sum[i] * difference};
     }
   }

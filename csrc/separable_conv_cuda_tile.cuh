@@ -124,51 +124,44 @@ __device__ Place place(const Tiling& tiling, int tile) {
   return {rest / tiling.tiles_y * tiling.images, rest % tiling.tiles_y * tiling.tile_height, x * tiling.tile_width};
 }
 
-// Calls work(offset in the region, the 16 bytes of x or null outside of it, first channel) for this thread's share.
+// Calls work(offset in the region, the 16 bytes of x, whether they are inside of it, part of the pixel) for this thread's
+// share. A row of the region is a row of x, with some bytes after every pixel.
 template <typename Work>
 __device__ void for_region(const Arguments& p, const Place& tile, Work&& work) {
   const Convolution& c = p.convolution;
   const Tiling& tiling = p.tiling;
-  const int parts = c.in_channels / 8, pixel_bytes = c.in_channels * 2 + padding_bytes;
-  const int lane = threadIdx.x % 32;
-  const int first_pixel = divided(lane, tiling.by_parts), first_part = lane - first_pixel * parts;
-  const int step_pixels = divided(32, tiling.by_parts), step_parts = 32 - step_pixels * parts;
+  const int parts = c.in_channels / 8, row_parts = tiling.region_width * parts;
+  const int left = tile.x * c.stride - 1, top = tile.y * c.stride - 1;
+  const int first = max(-left, 0) * parts, end = (c.width - left) * parts;
+  const __nv_bfloat16* x = static_cast<const __nv_bfloat16*>(c.x);
+#pragma unroll 1  // registers
   for (int row = threadIdx.x / 32; row < tiling.images * tiling.region_height; row += warps) {
     const int image = divided(row, tiling.by_region_height);
-    const int y = tile.y * c.stride - 1 + row - image * tiling.region_height;
-    const int left = tile.x * c.stride - 1;
+    const int y = top + row - image * tiling.region_height;
     const bool row_there = tile.image + image < c.batch && y >= 0 && y < c.height;
-    const __nv_bfloat16* source =
-        static_cast<const __nv_bfloat16*>(c.x) + ((tile.image + image) * c.height + y) * c.width * c.in_channels;
-    for (int pixel = first_pixel, part = first_part; pixel < tiling.region_width;) {
-      const int x = left + pixel;
-      const bool there = row_there && x >= 0 && x < c.width;
-      work((row * tiling.region_width + pixel) * pixel_bytes + part * 16,
-           there ? source + x * c.in_channels + part * 8 : nullptr, part * 8);
-      pixel += step_pixels;
-      part += step_parts;
-      if (part >= parts) {
-        part -= parts;
-        pixel++;
-      }
+    const __nv_bfloat16* source = x + (((tile.image + image) * c.height + y) * c.width + left) * c.in_channels;
+    const int target = row * (row_parts * 16 + tiling.region_width * padding_bytes);
+    for (int part = threadIdx.x % 32; part < row_parts; part += 32) {
+      const int pixel = divided(part, tiling.by_parts);
+      work(target + part * 16 + pixel * padding_bytes, source + part * 8, row_there && part >= first && part < end, part - pixel * parts);
     }
   }
 }
 
 __device__ void load_region(const Arguments& p, const Place& tile, unsigned char* region) {
-  for_region(p, tile, [&](int offset, const __nv_bfloat16* source, int) {
-    copy_async(region + offset, source ? source : p.convolution.x, source);
+  for_region(p, tile, [&](int offset, const __nv_bfloat16* source, bool there, int) {
+    copy_async(region + offset, there ? source : p.convolution.x, there);
   });
 }
 
 // In place, by the thread that copied; padding stays zero.
 __device__ void normalise_region(const Arguments& p, const Place& tile, unsigned char* region) {
-  for_region(p, tile, [&](int offset, const __nv_bfloat16* source, int channel) {
-    if (!source) return;
+  for_region(p, tile, [&](int offset, const __nv_bfloat16*, bool there, int part) {
+    if (!there) return;
     uint4 values = *reinterpret_cast<uint4*>(region + offset);
     uint32_t* pairs = reinterpret_cast<uint32_t*>(&values);
-    const float* scale = p.in_scale + channel;
-    const float* shift = p.in_shift + channel;
+    const float* scale = p.in_scale + part * 8;
+    const float* shift = p.in_shift + part * 8;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       pairs[i] = pack(relu(low(pairs[i]) * scale[2 * i] + shift[2 * i]),
@@ -358,11 +351,10 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
   int buffer = 0;
   for (int tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
     const int next = tile + gridDim.x;
-    const Place upcoming = place(tiling, next);
     unsigned char* region = regions + buffer * region_bytes;
     if (tiling.buffers == 2) {
       buffer ^= 1;
-      if (next < tiling.tiles) load_region(p, upcoming, regions + buffer * region_bytes);
+      if (next < tiling.tiles) load_region(p, place(tiling, next), regions + buffer * region_bytes);
       close_group();
       wait_for_groups<1>();
     } else {
@@ -395,7 +387,7 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
     }
     __syncthreads();  // the depthwise output is there, and the region has been read
     if (tiling.buffers == 1 && next < tiling.tiles) {
-      load_region(p, upcoming, regions);
+      load_region(p, place(tiling, next), regions);
       close_group();
     }
 
@@ -465,7 +457,7 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
       }
       if (TRAIN) seen.count += __reduce_add_sync(0xffffffffu, t == 0 ? added : 0);
     }
-    here = upcoming;
+    here = place(tiling, next);
   }
 }
 
