@@ -82,6 +82,22 @@ def pooled(
 
 
 @triton.jit
+def gathered(
+    x_ptr, dw_ptr, scale, shift, pixel, valid, channels, inside, height, width, out_height, out_width,
+    CI: tl.constexpr, STRIDE: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """What the pointwise convolution takes: `depthwise`, or `pooled` if dw is None."""
+    if dw_ptr is None:
+        total = pooled(x_ptr, pixel, valid, channels, inside, height, width, out_height, out_width, CI, STRIDE)
+    else:
+        total = depthwise(
+            x_ptr, dw_ptr, scale, shift, pixel, valid, channels, inside, height, width, out_height, out_width,
+            CI, STRIDE, NORMALISE,
+        )  # fmt: skip
+    return total
+
+
+@triton.jit
 def window(top, left, height, width, STRIDE: tl.constexpr):
     """Pixels of a STRIDE x STRIDE window that are inside the map, in fp32."""
     return (tl.minimum(height - top, STRIDE) * tl.minimum(width - left, STRIDE)).to(tl.float32)
@@ -138,13 +154,10 @@ def _forward(
                     scale, shift = channel_scale(
                         norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr, channels, inside, eps
                     )
-            if dw_ptr is None:
-                between = pooled(x_ptr, pixel, valid, channels, inside, height, width, out_height, out_width, CI, STRIDE)
-            else:
-                between = depthwise(
-                    x_ptr, dw_ptr, scale, shift, pixel, valid, channels, inside,
-                    height, width, out_height, out_width, CI, STRIDE, NORMALISE,
-                )  # fmt: skip
+            between = gathered(
+                x_ptr, dw_ptr, scale, shift, pixel, valid, channels, inside,
+                height, width, out_height, out_width, CI, STRIDE, NORMALISE,
+            )  # fmt: skip
             z = tl.dot(operand(between, dtype, DOT), pw, z, input_precision="tf32x3")
         stored = rounded(z, dtype)
         mask = valid[:, None] & outputs_inside[None, :]
@@ -234,64 +247,6 @@ def _normalise(
     tl.store(y_ptr + offset, rounded(value, y_ptr.dtype.element_ty), mask=mask)
 
 
-# ---- inference
-
-
-@triton.jit
-def _activation(value, NAME: tl.constexpr):
-    if NAME == "relu":
-        value = relu(value)
-    elif NAME == "relu6":
-        value = relu(tl.where(value > 6.0, 6.0, value))
-    elif NAME == "hard_swish":
-        value *= relu(tl.where(value > 3.0, 6.0, value + 3.0)) * (1.0 / 6.0)
-    elif NAME == "silu":
-        value = value / (1.0 + tl.exp(-value))
-    return value
-
-
-@jit
-def _infer(
-    x_ptr, dw_ptr, dw_bias_ptr, pw_ptr, pw_bias_ptr, residual_ptr, y_ptr,
-    pixels, height, width, out_height, out_width, tiles, tiles_each,
-    CI: tl.constexpr, CO: tl.constexpr, STRIDE: tl.constexpr, ACT_DW: tl.constexpr, ACT_PW: tl.constexpr,
-    DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """y = act_pw(pw . act_dw(dw * x + dw_bias) + pw_bias + residual), in the sizes of `_forward`."""
-    CHUNKS: tl.constexpr = (CI + BK - 1) // BK
-    dtype = x_ptr.dtype.element_ty
-    outputs = tl.program_id(1) * BN + tl.arange(0, BN)
-    channels = tl.arange(0, BK)
-    inside, outputs_inside = channels < CI, outputs < CO
-    pw = pointwise_weight(pw_ptr, channels, inside, outputs, outputs_inside, CI, dtype, DOT)
-    nothing = tl.zeros([BK], tl.float32)
-    first = tl.program_id(0) * tiles_each
-    for tile in tl.range(first, tl.minimum(first + tiles_each, tiles), num_stages=1):
-        pixel = tile * BM + tl.arange(0, BM)
-        valid = pixel < pixels
-        y = tl.zeros([BM, BN], tl.float32)
-        for chunk in tl.range(0, CHUNKS, num_stages=1):
-            if CHUNKS > 1:
-                channels = chunk * BK + tl.arange(0, BK)
-                inside = channels < CI
-                pw = pointwise_weight(pw_ptr, channels, inside, outputs, outputs_inside, CI, dtype, DOT)
-            between = depthwise(
-                x_ptr, dw_ptr, nothing, nothing, pixel, valid, channels, inside,
-                height, width, out_height, out_width, CI, STRIDE, False,
-            )  # fmt: skip
-            if dw_bias_ptr is not None:
-                between += tl.load(dw_bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)[None, :]
-            between = _activation(between, ACT_DW)
-            y = tl.dot(operand(between, dtype, DOT), pw, y, input_precision="tf32x3")
-        mask = valid[:, None] & outputs_inside[None, :]
-        offset = pixel[:, None] * CO + outputs[None, :]
-        if pw_bias_ptr is not None:
-            y += tl.load(pw_bias_ptr + outputs, mask=outputs_inside, other=0.0).to(tl.float32)[None, :]
-        if residual_ptr is not None:
-            y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offset, rounded(_activation(y, ACT_PW), dtype), mask=mask)
-
-
 # ---- launchers
 
 
@@ -330,9 +285,9 @@ def pointwise_statistics(x, dw, pw, norm, stride, eps):
     if pixels == 0:
         return z, mean.zero_(), var.zero_(), z_mean.zero_()
     same = (inputs, outputs, stride, int(dw is None), int(norm[0] is not None))
-    sizes = blocks("separable_forward", x, same=same, size=pixels, default=_default(same, x))
+    sizes = blocks("separable_forward", x, same=same, size=pixels, default=default_tiles(same, x))
     tile, warps = sizes["BM"], sizes["num_warps"]
-    input_block, output_block = padded(inputs, 64), padded(outputs, 64)
+    output_block = padded(outputs, 64)
     tiles = cdiv(pixels, tile)
     each, programs = split(x, tiles, sizes["waves"])
     launch(
@@ -340,7 +295,7 @@ def pointwise_statistics(x, dw, pw, norm, stride, eps):
         x, dw, pw, *norm, z, torch.empty(2 * programs * outputs, dtype=torch.float32, device=x.device),
         mean, var, z_mean, counter(x), pixels, height, width, *z.shape[2:], tiles, each, eps,
         num_warps=warps, num_stages=1, CI=inputs, CO=outputs, STRIDE=stride, DOT=dot_dtype(x.dtype),
-        BM=tile, BN=output_block, BK=input_block, ROWS=512 * warps // output_block,
+        BM=tile, BN=output_block, BK=input_block(x), ROWS=512 * warps // output_block,
     )  # fmt: skip
     return z, mean, var, z_mean
 
@@ -374,34 +329,10 @@ def separable_conv_train(x, dw, pw, bn_weight, bn_bias, residual, stride, eps, r
     return y, mean, var, z, z_mean
 
 
-def separable_conv_infer(x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, act_pw):
-    """As `odn_fast.reference.separable_conv.separable_conv_infer`, in one launch."""
-    x, pw = dense(x), dense(pw)
-    dw_bias, pw_bias, residual = (None if t is None else dense(t) for t in (dw_bias, pw_bias, residual))
-    outputs, inputs = pw.shape[:2]
-    height, width = x.shape[2:]
-    y = empty_map(x, outputs, (height - 1) // stride + 1, (width - 1) // stride + 1)
-    pixels = y.numel() // outputs
-    if pixels == 0:
-        return y
-    same = (inputs, outputs, stride, 0, 0)
-    sizes = blocks("separable_infer", x, same=same, size=pixels, default=_default(same, x))
-    output_block = padded(outputs, 64)
-    tiles = cdiv(pixels, sizes["BM"])
-    each, programs = split(x, tiles, sizes["waves"])
-    launch(
-        _infer, (programs, cdiv(outputs, output_block)),
-        x, tap_major(dw), dw_bias, pw, pw_bias, residual, y, pixels, height, width, *y.shape[2:], tiles, each,
-        num_warps=sizes["num_warps"], num_stages=1, CI=inputs, CO=outputs, STRIDE=stride, ACT_DW=act_dw, ACT_PW=act_pw,
-        DOT=dot_dtype(x.dtype), BM=sizes["BM"], BN=output_block, BK=padded(inputs, 64),
-    )  # fmt: skip
-    return y
-
-
 # ---- what to launch with, and what can be launched
 
 
-def _default(same: tuple[int, ...], x: Tensor) -> dict[str, int]:
+def default_tiles(same: tuple[int, ...], x: Tensor) -> dict[str, int]:
     """Tiles without spills, 8 or 16 elements of the depthwise output a thread."""
     largest = max(padded(same[0], 64), padded(same[1], 64))
     if largest == 16:
@@ -411,7 +342,12 @@ def _default(same: tuple[int, ...], x: Tensor) -> dict[str, int]:
     return {"BM": 32, "num_warps": 8, "waves": 2}
 
 
-def _candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
+def input_block(x: Tensor) -> int:
+    """Channels of x that a product takes at once: fewer in fp32, where several blocks take more registers."""
+    return padded(x.shape[1], 64 if x.shape[1] <= 64 or x.dtype == torch.bfloat16 else 32)
+
+
+def tile_candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
     largest = max(padded(same[0], 64), padded(same[1], 64))
     tiles = {16: [(64, 4), (128, 4), (128, 8)], 32: [(32, 4), (64, 4), (64, 8)], 64: [(32, 4), (32, 8), (64, 8)]}
     return [
@@ -425,20 +361,13 @@ def _normalise_candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
     return [{"elements": 1024 * warps * many, "num_warps": 4 * warps} for warps in (1, 2) for many in (1, 2, 4)]
 
 
-CANDIDATES = {
-    "separable_forward": _candidates, "separable_infer": _candidates, "separable_normalise": _normalise_candidates
-}  # fmt: skip
+CANDIDATES = {"separable_forward": tile_candidates, "separable_normalise": _normalise_candidates}
 
 
-def why_not(function, x, dw, *args):
+def why_not(function, x, dw, pw, bn_weight, bn_bias, residual, stride, *settings):
     """Reasons why `function` of this file cannot take its arguments; [] if it can."""
-    names = {
-        "separable_conv_train": ("pw", "bn_weight", "bn_bias", "residual", "stride"),
-        "separable_conv_infer": ("dw_bias", "pw", "pw_bias", "residual", "stride"),
-    }
-    tensors = dict(zip(names[function], args, strict=False))
-    stride = tensors.pop("stride")
-    return _common.why_not(x=x, dw=dw, **tensors) + too_large(x, tensors["pw"].shape[0], stride)
+    reasons = _common.why_not(x=x, dw=dw, pw=pw, bn_weight=bn_weight, bn_bias=bn_bias, residual=residual)
+    return reasons + too_large(x, pw.shape[0], stride)
 
 
 def too_large(x: Tensor, outputs: int, stride: int) -> list[str]:

@@ -21,10 +21,9 @@ from ._tuned import blocks
 from .separable_conv import (
     NO_NORM,
     channel_scale,
-    depthwise,
+    gathered,
     operand,
     padded,
-    pooled,
     position,
     split,
     tap_major,
@@ -86,13 +85,10 @@ def _pointwise_backward(
                 grad_between_ptr + pixel[:, None] * CI + channels[None, :], rounded(grad_between, dtype),
                 mask=valid[:, None] & inside[None, :],
             )  # fmt: skip
-        if dw_ptr is None:
-            between = pooled(x_ptr, pixel, valid, channels, inside, height, width, out_height, out_width, CI, STRIDE)
-        else:
-            between = depthwise(
-                x_ptr, dw_ptr, scale, shift, pixel, valid, channels, inside,
-                height, width, out_height, out_width, CI, STRIDE, NORMALISE,
-            )  # fmt: skip
+        between = gathered(
+            x_ptr, dw_ptr, scale, shift, pixel, valid, channels, inside,
+            height, width, out_height, out_width, CI, STRIDE, NORMALISE,
+        )  # fmt: skip
         grad_pw = tl.dot(tl.trans(grad_z), operand(between, dtype, DOT), grad_pw, input_precision="tf32x3")
     tl.store(partial_ptr + tl.program_id(0) * (CO * CI) + weight_offset, grad_pw, mask=weight_mask)
 
@@ -236,7 +232,7 @@ def pointwise_gradient(grad, z, norm, coefficients, x, dw, pw, x_norm, stride, r
     outputs, inputs = pw.shape[:2]
     pixels = z.numel() // outputs
     same = (inputs, outputs, stride, int(dw is None), int(x_norm[0] is not None))
-    sizes = blocks("separable_pointwise_backward", x, same=same, size=pixels, default=_pointwise_default(same))
+    sizes = blocks("separable_pointwise_backward", x, same=same, size=pixels, default=_pointwise_default(same, x))
     output_block = padded(outputs, LARGEST_OUTPUTS)
     input_block = padded(inputs, max(4096 // output_block, 16))
     tiles = cdiv(pixels, sizes["BM"])
@@ -266,7 +262,7 @@ def depthwise_gradient(grad, x, dw, x_norm, added, window, stride, x_needs_grad,
     channels = x.shape[1]
     pixels = x.numel() // channels
     normalised = x_norm[0] is not None
-    same = (channels, stride, int(normalised), window if added is not None else 0)
+    same = (channels, stride, int(normalised), window if added is not None else 0, int(x_needs_grad))
     sizes = blocks("separable_depthwise_backward", x, same=same, size=pixels, default=_depthwise_default(same))
     block, warps = padded(channels, 64), sizes["num_warps"]
     tile = sizes["elements"] // block
@@ -321,10 +317,11 @@ def separable_conv_train_backward(
 # ---- what to launch with, and what can be launched
 
 
-def _pointwise_default(same: tuple[int, ...]) -> dict[str, int]:
+def _pointwise_default(same: tuple[int, ...], x: Tensor) -> dict[str, int]:
     largest = max(padded(same[0], 64), padded(same[1], 64))
     tile, warps = {16: (64, 4), 32: (64, 8), 64: (32, 8)}[largest]
-    return {"BM": tile if same[1] <= 256 else 16, "num_warps": warps, "waves": 8 // warps}
+    most = 64 if x.dtype == torch.float32 else 256  # outputs, of which a block holds all
+    return {"BM": tile if same[1] <= most else 16, "num_warps": warps, "waves": 8 // warps}
 
 
 def _pointwise_candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
@@ -336,7 +333,9 @@ def _pointwise_candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 def _depthwise_default(same: tuple[int, ...]) -> dict[str, int]:
-    return {"elements": 512, "num_warps": 4, "waves": 4}  # 4 elements a thread, of which each holds nine sums
+    if same[4]:
+        return {"elements": 512, "num_warps": 4, "waves": 4}  # 4 elements a thread, of which each holds nine sums
+    return {"elements": 1024, "num_warps": 4, "waves": 3}
 
 
 def _depthwise_candidates(same: tuple[int, ...]) -> list[dict[str, int]]:

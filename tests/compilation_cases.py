@@ -74,8 +74,9 @@ def separable_parameters(device: str, c_in: int, c_out: int) -> list[Tensor]:
 
 
 def separable_conv(device: str, everything: bool) -> None:
-    from odn_fast.kernels.separable_conv import separable_conv_infer, separable_conv_train
+    from odn_fast.kernels.separable_conv import separable_conv_train
     from odn_fast.kernels.separable_conv_backward import separable_conv_train_backward
+    from odn_fast.kernels.separable_conv_infer import separable_conv_infer
 
     for c_in, c_out, size, stride in SEPARABLE if everything else SEPARABLE[1:2]:
         for dtype in (torch.bfloat16, torch.float32):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="the kernels are Triton's, and Triton is not installed")
 
 from cases import LAYOUTS, assert_accurate, plain_separable_conv, separable_parameters, typical_sum, upstream_gradient
-from odn_fast.kernels import _tuned, separable_conv, separable_conv_backward
+from odn_fast.kernels import _tuned, separable_conv, separable_conv_backward, separable_conv_infer
 from odn_fast.reference import separable_conv as reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -142,7 +142,7 @@ def test_empty_batch():
         assert gradient.dtype == other.dtype
         torch.testing.assert_close(gradient, other)
     infer = (*inputs[:2], None, inputs[2], None, None, 2, "none", "relu")
-    assert separable_conv.separable_conv_infer(*infer).shape == (0, 5, 2, 2)
+    assert separable_conv_infer.separable_conv_infer(*infer).shape == (0, 5, 2, 2)
 
 
 def test_nan_stays_nan():
@@ -151,7 +151,7 @@ def test_nan_stays_nan():
     y, mean, var, *_ = on("cpu", separable_conv.separable_conv_train(*on(DEVICE, inputs)))
     assert y.isnan().all() and mean.isnan().all() and var.isnan().all()
     infer = (*inputs[:2], None, inputs[2], None, None, 1, "relu6", "hard_swish")
-    y = separable_conv.separable_conv_infer(*on(DEVICE, infer)).cpu()
+    y = separable_conv_infer.separable_conv_infer(*on(DEVICE, infer)).cpu()
     assert torch.equal(y.isnan(), reference.separable_conv_infer(*infer).isnan())
 
 
@@ -162,7 +162,7 @@ def test_inference(act_dw, act_pw, case):
     dw_bias = None if act_dw == "none" else torch.randn(x.shape[1])
     pw_bias = None if act_pw == "none" else bn_bias
     arguments = (x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, act_pw)
-    ours = separable_conv.separable_conv_infer(*on(DEVICE, arguments)).cpu()
+    ours = separable_conv_infer.separable_conv_infer(*on(DEVICE, arguments)).cpu()
     assert ours.dtype == x.dtype and ours.is_contiguous(memory_format=torch.channels_last)
     lowest = [tensor.to(x.dtype) if isinstance(tensor, torch.Tensor) else tensor for tensor in arguments]
     between = F.conv2d(lowest[0], lowest[1], lowest[2], stride, 1, groups=x.shape[1])
@@ -175,9 +175,9 @@ def test_why_not():
     inputs = on(DEVICE, make_inputs("stride_1"))
     assert separable_conv.why_not("separable_conv_train", *inputs) == []
     infer = [*inputs[:2], None, inputs[2], None, None, 1, "none", "relu"]
-    assert separable_conv.why_not("separable_conv_infer", *infer) == []
+    assert separable_conv_infer.why_not("separable_conv_infer", *infer) == []
     infer[3] = infer[3].double()
-    assert "pw is torch.float64" in separable_conv.why_not("separable_conv_infer", *infer)[0]
+    assert "pw is torch.float64" in separable_conv_infer.why_not("separable_conv_infer", *infer)[0]
     y, _, var, z, z_mean = separable_conv.separable_conv_train(*inputs)
     backward = [y, *inputs[:5], y, z, z_mean, var, 1, EPS, True, True]
     assert separable_conv_backward.why_not("separable_conv_train_backward", *backward) == []
