@@ -238,6 +238,8 @@ cudaError_t current_device(int& index, Device& device) {
   return cudaSuccess;
 }
 
+constexpr int beside = 3072;  // static shared memory, and what the system takes of every block
+
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // Column tiles of the tensor cores in a chunk of output channels.
@@ -275,20 +277,19 @@ Tiling buffered(const Convolution& c, Tiling t, int buffers) {
   return t;
 }
 
-// Large tiles read less of x twice; small ones keep all processors busy.
+// Large tiles read less of x twice; small ones keep all processors busy, with two blocks each where they fit.
 Tiling choose_tiling(const Convolution& c, const Device& device) {
-  Tiling one{};
-  for (int groups = 8; groups >= 1; groups /= 2) {
-    const Tiling tiling = tiling_of(c, groups);
-    one = buffered(c, tiling, 1);
-    const Tiling two = buffered(c, tiling, 2);
-    if (2 * tiling.tiles < 3 * device.processors && groups > 2) continue;
-    if (tiling.tiles > 2 * device.processors && two.shared_bytes <= device.shared_bytes / 2) return two;
-    if (groups > 2 && one.shared_bytes > device.shared_bytes / 2) continue;
-    if (tiling.tiles > device.processors && two.shared_bytes <= device.shared_bytes) return two;
-    if (one.shared_bytes <= device.shared_bytes) return one;
+  for (int blocks = blocks_per_processor; blocks >= 1; blocks--) {
+    for (int groups = 8; groups >= 1; groups /= 2) {
+      const Tiling tiling = tiling_of(c, groups);
+      if (2 * tiling.tiles < 3 * device.processors && groups > 2) continue;
+      for (int buffers = tiling.tiles > blocks * device.processors ? 2 : 1; buffers >= 1; buffers--) {
+        const Tiling result = buffered(c, tiling, buffers);
+        if (result.shared_bytes <= device.shared_bytes / blocks - beside) return result;
+      }
+    }
   }
-  return one;
+  return {};
 }
 
 struct Plan {
@@ -311,11 +312,12 @@ cudaError_t plan(const void* kernel, const Convolution& c, Plan& result) {
     return cudaSuccess;
   }
   result.tiling = choose_tiling(c, device);
+  if (result.tiling.tiles == 0) return cudaErrorInvalidConfiguration;
   const int bytes = result.tiling.shared_bytes;
   int blocks = 0;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes)) return error;
+  const int most = device.shared_bytes - beside;  // for all plans, not this one alone
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return error;
   if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes)) return error;
-  if (blocks == 0) return cudaErrorInvalidConfiguration;
   result.blocks = std::min(result.tiling.tiles, std::min(blocks, blocks_per_processor) * device.processors);
   known[key] = result;
   return cudaSuccess;
@@ -363,7 +365,7 @@ const char* why_not(int in_channels, int out_channels, int stride) {
   if (current_device(index, device) != cudaSuccess) return "the CUDA device does not answer";
   if (device.major < 8) return "the compute capability of the device is below 8.0";
   const Convolution c{1, in_channels, out_channels, 64, 64, 64 / stride, 64 / stride, stride};
-  if (choose_tiling(c, device).shared_bytes > device.shared_bytes) return "the weights do not fit into shared memory";
+  if (choose_tiling(c, device).tiles == 0) return "the weights do not fit into shared memory";
   return nullptr;
 }
 
