@@ -105,4 +105,19 @@ def separable_unit(device: str, everything: bool) -> None:
             separable_unit_train_backward(y, *inputs, y, zs, z_means, variances, *settings, True)
 
 
-CASES = [augment, batch_norm_act, exit_heads, separable_conv, separable_unit]  # of functions (device, everything) -> None
+def channel_attention(device: str, everything: bool) -> None:
+    from odn_fast.kernels import channel_attention as kernels
+
+    sizes = [(16, 64, 8), (16, 16, 32), (32, 32, 16), (64, 64, 8), (256, 512, 14), (17, 3, 9)]
+    for student_channels, teacher_channels, size in sizes if everything else sizes[:1]:
+        for dtype in (torch.bfloat16, torch.float32):
+            student = feature_map(device, 128, student_channels, size, size, dtype)
+            teacher = feature_map(device, 128, teacher_channels, size, size, dtype)
+            projected = kernels.channel_attention(student, teacher, True)
+            kernels.channel_attention_backward(projected, student, teacher, True)
+            for statistics in ((None, None, None), kernels.channel_attention_statistics(teacher)):
+                loss, gradient = kernels.channel_attention_loss(student, teacher, *statistics, True, True)
+                kernels.channel_attention_loss_backward(loss, gradient)
+
+
+CASES = [augment, batch_norm_act, channel_attention, exit_heads, separable_conv, separable_unit]  # of functions (device, everything) -> None

@@ -53,7 +53,6 @@ def describe(kernel) -> dict:
         "dots": kernel.asm["ttir"].count("tt.dot "),
         "tensor_core": count("HMMA|HGMMA|UTC.*MMA"),
         "wide_loads": count(r"(LDG|LDGSTS)\b.*\.(64|128|256)"),
-        "narrow_loads": count(r"LDG\b.*\.U16"),
         "instructions": len(instructions),
         "hash": kernel.hash,
     }
