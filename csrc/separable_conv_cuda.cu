@@ -29,6 +29,13 @@ __device__ unsigned load_acquire(const unsigned* address) {
   return v;
 }
 
+// One more; gives what it was. What the block did before its last barrier is seen by whoever finds the new value.
+__device__ unsigned increment(unsigned* address) {
+  unsigned v;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;\n" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+
 struct TrainingArguments {
   Arguments arguments;
   float* mean;
@@ -90,23 +97,33 @@ __device__ void store_partials(const TrainingArguments& p, unsigned char* shared
 __device__ void store_statistics(const TrainingArguments& p, unsigned char* shared) {
   const Convolution& c = p.arguments.convolution;
   const int pairs = c.out_channels / 2, parts = threads / pairs;
-  const int pair = threadIdx.x % pairs, part = threadIdx.x / pairs;
+  const int pair = threadIdx.x % pairs, part = threadIdx.x / pairs, blocks = gridDim.x;
   const float4* partials = reinterpret_cast<const float4*>(p.partials);
   const float4 first = __ldcg(partials + pair);  // differences are from the first block's means
   float sums[6] = {};                            // of two channels: n d, n d d, squares
   if (part < parts) {
-#pragma unroll 8
-    for (int block = part; block < gridDim.x; block += parts) {
-      const float4 v = __ldcg(partials + block * pairs + pair);
-      const float count = __ldcg(p.counts + block);
-      const float d[2] = {v.x - first.x, v.z - first.z};
+    constexpr int batch = 16;  // loads at once
+    for (int start = part; start < blocks; start += batch * parts) {
+      float4 values[batch];
+      float counts[batch];
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        sums[i] += count * d[i];
-        sums[2 + i] += count * d[i] * d[i];
+      for (int k = 0; k < batch; k++) {
+        const int block = min(start + k * parts, blocks - 1);
+        values[k] = __ldcg(partials + block * pairs + pair);
+        counts[k] = __ldcg(p.counts + block);
       }
-      sums[4] += v.y;
-      sums[5] += v.w;
+#pragma unroll
+      for (int k = 0; k < batch; k++) {
+        if (start + k * parts >= blocks) break;
+        const float d[2] = {values[k].x - first.x, values[k].z - first.z};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          sums[i] += counts[k] * d[i];
+          sums[2 + i] += counts[k] * d[i] * d[i];
+        }
+        sums[4] += values[k].y;
+        sums[5] += values[k].w;
+      }
     }
   }
   float(*all)[threads] = reinterpret_cast<float(*)[threads]>(shared);
@@ -130,25 +147,37 @@ __device__ void store_statistics(const TrainingArguments& p, unsigned char* shar
   }
 }
 
+// Weight and bias of eight channels of a batch norm.
+struct Norm {
+  float weight[8], bias[8];
+
+  __device__ Norm(const TrainingArguments& p, int channel) {
+    with_values(p.bn_weight, [&](const auto* values) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) weight[i] = as_float(values[channel + i]);
+    });
+    with_values(p.bn_bias, [&](const auto* values) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) bias[i] = as_float(values[channel + i]);
+    });
+  }
+};
+
+// The first channel that a thread normalises; blocks use so many threads that it keeps its channels.
+__device__ int first_channel(const Convolution& c) { return threadIdx.x % (c.out_channels / 8) * 8; }
+
 // y, by all blocks.
-__device__ void normalise(const TrainingArguments& p) {
+__device__ void normalise(const TrainingArguments& p, const Norm& norm) {
   constexpr int unroll = 4;
   const Convolution& c = p.arguments.convolution;
-  const int parts = c.out_channels / 8, active = threads - threads % parts;  // so that a thread keeps its channels
+  const int parts = c.out_channels / 8, active = threads - threads % parts, channel = first_channel(c);
   if (threadIdx.x >= active) return;
-  const int channel = threadIdx.x % parts * 8;
-  float mean[8], scale[8], bias[8];
-  with_values(p.bn_bias, [&](const auto* values) {
+  float mean[8], scale[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) bias[i] = as_float(values[channel + i]);
-  });
-  with_values(p.bn_weight, [&](const auto* values) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      mean[i] = __ldcg(p.mean + channel + i);
-      scale[i] = as_float(values[channel + i]) * rsqrtf(__ldcg(p.var + channel + i) + p.eps);
-    }
-  });
+  for (int i = 0; i < 8; i++) {
+    mean[i] = __ldcg(p.mean + channel + i);
+    scale[i] = norm.weight[i] * rsqrtf(__ldcg(p.var + channel + i) + p.eps);
+  }
   const uint4* z = reinterpret_cast<const uint4*>(p.arguments.output);
   const uint4* residual = reinterpret_cast<const uint4*>(p.residual);
   const int size = c.batch * c.out_height * c.out_width * parts, stride = gridDim.x * active;
@@ -167,8 +196,8 @@ __device__ void normalise(const TrainingArguments& p) {
       const uint32_t* added_pairs = reinterpret_cast<const uint32_t*>(&added[i]);
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        float v[2] = {(low(pairs[k]) - mean[2 * k]) * scale[2 * k] + bias[2 * k] + low(added_pairs[k]),
-                      (high(pairs[k]) - mean[2 * k + 1]) * scale[2 * k + 1] + bias[2 * k + 1] + high(added_pairs[k])};
+        float v[2] = {(low(pairs[k]) - mean[2 * k]) * scale[2 * k] + norm.bias[2 * k] + low(added_pairs[k]),
+                      (high(pairs[k]) - mean[2 * k + 1]) * scale[2 * k + 1] + norm.bias[2 * k + 1] + high(added_pairs[k])};
         if (p.relu) activate(v, Activation::relu);
         pairs[k] = pack(v[0], v[1]);
       }
@@ -181,29 +210,24 @@ __device__ void normalise(const TrainingArguments& p) {
 template <int STRIDE, int NTILES>
 __global__ void __launch_bounds__(threads, blocks_per_processor) train(const __grid_constant__ TrainingArguments p) {
   extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ unsigned round;  // how often all blocks have met
   __shared__ bool last;
+  if (threadIdx.x == 0) round = load_acquire(p.counter + 1);
   __shared__ Constants<NTILES, true> constants;
   Sums<2 * NTILES> seen;
   convolve<STRIDE, NTILES, true>(p.arguments, shared, constants, seen);
   store_partials<NTILES>(p, shared, constants.of_lane(), seen);
 
-  __threadfence();
   __syncthreads();
-  unsigned round = 0;
-  if (threadIdx.x == 0) {
-    round = load_acquire(p.counter + 1);
-    last = atomicAdd(p.counter, 1) == gridDim.x - 1;
-  }
+  if (threadIdx.x == 0) last = increment(p.counter) == gridDim.x - 1;
+  const Norm norm(p, first_channel(p.arguments.convolution));  // while waiting
   __syncthreads();
   if (last) {
-    __threadfence();
     store_statistics(p, shared);
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
       p.counter[0] = 0;
-      __threadfence();
-      atomicAdd(p.counter + 1, 1);
+      increment(p.counter + 1);
     }
   } else if (p.y && threadIdx.x == 0) {
     while (load_acquire(p.counter + 1) == round) {
@@ -211,7 +235,7 @@ __global__ void __launch_bounds__(threads, blocks_per_processor) train(const __g
   }
   if (!p.y) return;
   __syncthreads();
-  normalise(p);
+  normalise(p, norm);
 }
 
 // ---- launching
