@@ -91,9 +91,8 @@ def test_accuracy_with_the_default_tiles(shape):
     check_accuracy(make_inputs(shape, torch.bfloat16, residual=torch.bfloat16))
 
 
-@pytest.mark.parametrize("mean", [10.0, -1000.0])
-def test_a_mean_far_from_zero_costs_no_digits_of_the_variance(split, mean):
-    check_accuracy(make_inputs((4, 24, 9, 8), mean=mean))
+def test_a_mean_far_from_zero_costs_no_digits_of_the_variance(split):
+    check_accuracy(make_inputs((4, 16, 9, 8), mean=-1000.0))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_strided_parameters():
 
 
 @pytest.mark.parametrize("argument", ["x", "residual", "weight"])
-def test_nan_reaches_what_it_should(split, argument):
+def test_nan_reaches_what_it_should(argument):
     inputs = make_inputs("odd", residual=torch.float32)
     {"x": inputs[0][1, 2, 3], "residual": inputs[3][1, 2, 3], "weight": inputs[1][2:3]}[argument][0] = float("nan")
     grad_y = torch.randn(SHAPES["odd"])
@@ -134,9 +133,8 @@ def test_empty_batch(residual):
         assert torch.equal(result, other)
 
 
-@pytest.mark.parametrize("residual", [None, torch.float32], ids=["alone", "residual"])
-def test_without_the_gradient_of_x(split, residual):
-    inputs, grad_y = make_inputs("odd", residual=residual), torch.randn(SHAPES["odd"])
+def test_without_the_gradient_of_x(split):
+    inputs, grad_y = make_inputs("odd", residual=torch.float32), torch.randn(SHAPES["odd"])
     everything = both(kernels, inputs, grad_y, device=DEVICE)[1]
     less = both(kernels, inputs, grad_y, device=DEVICE, x_needs_grad=False)[1]
     assert less[0].shape == (0,)
