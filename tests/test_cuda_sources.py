@@ -6,8 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from odn_fast import _extension
+from odn_fast.ops._choose import reasons
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
@@ -38,3 +40,10 @@ def test_compiles_without_spills(source, architecture, tmp_path):
 def test_the_extension_says_whether_it_has_cuda_kernels():
     built = _extension.build_information()["CUDA"]
     assert built.startswith("left out: ") or re.match(r"\d+\.\d+", built), built
+
+
+@pytest.mark.skipif(hasattr(torch.ops.odn_fast, "separable_conv_infer_cuda"), reason="there are CUDA kernels")
+def test_without_cuda_kernels_the_reason_says_why():
+    x, dw, pw = torch.randn(2, 16, 4, 4), torch.randn(16, 1, 3, 3), torch.randn(16, 16, 1, 1)
+    (reason,) = reasons("separable_conv_infer", x, dw, None, pw, None, None, 1, "none", "relu")["cuda"]
+    assert reason.startswith("the extension was built without CUDA kernels" if _extension.available else "the compiled extension is not used")

@@ -79,11 +79,11 @@ def cuda(op: str, why_not: Callable[..., list[str]]) -> Implementation:
 
     @functools.cache
     def absent():
+        if hasattr(torch.ops.odn_fast, op):
+            return []
         if not _extension.available:
             return [f"the compiled extension is not used, because {_extension.reason}; {_extension.HOW_TO_BUILD}"]
-        if not hasattr(torch.ops.odn_fast, op):
-            return [f"the extension was built without CUDA kernels ({_extension.build_information()['CUDA']})"]
-        return []
+        return [f"the extension was built without CUDA kernels ({_extension.build_information()['CUDA']})"]
 
     @functools.cache
     def kernel():
