@@ -42,13 +42,12 @@ def candidates(same: tuple[int, ...]) -> list[dict]:
 def candidates_for_loss(same: tuple[int, ...]) -> list[dict]:
     """Block sizes to try for (C_s, C_t, positions of a tile that holds them all)."""
     rows, columns, tile = _padded(same[0]), _padded(same[1]), same[2]
-    choices = candidates(same) if columns <= 128 or 16 * tile > MOST_AT_ONCE else []
+    choices = candidates(same)[:3] if columns <= 128 or 16 * tile > MOST_AT_ONCE else []
     most = MOST_AT_ONCE // tile
-    for block_rows in sorted({min(rows, 64), min(rows, 32)}):
-        for block_columns in sorted({min(columns, 32), min(columns, 64)}):
-            if max(block_rows, block_columns) <= most:
-                sizes = {"at_once": 1, "block_rows": block_rows, "block_columns": block_columns, "tile": tile}
-                choices += [{**sizes, "num_warps": warps, "num_stages": 1} for warps in (4, 8)]
+    block_columns = min(columns, 64, most)
+    for block_rows in sorted({min(rows, limit, most) for limit in (16, 32, 64)}) if most >= 16 else []:
+        sizes = {"at_once": 1, "block_rows": block_rows, "block_columns": block_columns, "tile": tile}
+        choices += [{**sizes, "num_warps": warps, "num_stages": 1 if block_columns == columns else 2} for warps in (4, 8)]
     return choices
 
 
@@ -75,15 +74,22 @@ def _sweep_sizes(rows: int, columns: int, raw: bool) -> dict[str, int]:
 
 
 def _loss_sizes(rows: int, columns: int, tile: int, raw: bool) -> dict[str, int]:
-    if columns <= (MOST_TEACHER_CHANNELS if tile > 256 else 0 if raw else 128):
+    """Found by compiling: what needs no spills, in as few programs as there can be."""
+    most = 8192 // tile
+    if (columns <= 128 and not raw) or (tile > 256 and most < columns // 2 and columns <= MOST_TEACHER_CHANNELS):
         return _sweep_sizes(rows, columns, raw)
-    block_columns = min(columns, 16 if not raw else 64 if tile <= 64 else 32)
-    block_rows = 4096 // tile if raw else 16
-    if block_columns < columns and tile > 64:
-        block_rows, block_columns = (32, 16) if raw else (16, 16)
+    warps, stages = 8, 1
+    if not raw:
+        block_rows, block_columns = 16, 16
+    elif tile <= 64:
+        block_rows, block_columns, warps = min(rows, 32), min(columns, 64), 4
+    elif columns <= 2 * most:
+        block_rows, block_columns = min(rows, max(16, most)), columns
+    else:
+        block_rows, block_columns, warps, stages = 16, min(64, 2 * most), 4, 2
     return {
-        "at_once": 1, "block_rows": max(16, min(rows, block_rows, 32)), "block_columns": block_columns, "tile": tile,
-        "num_warps": 8, "num_stages": 1,
+        "at_once": 1, "block_rows": block_rows, "block_columns": block_columns, "tile": tile,
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 

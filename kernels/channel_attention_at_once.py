@@ -12,14 +12,14 @@ from .channel_attention_sweeps import EPSILON, image_and_rows, mean_of_partials,
 
 
 @triton.jit
-def _correlate(x, k):
-    """X^T K over the positions of a tile, which every warp takes a share of."""
+def _correlate(k, x):
+    """K^T X over the positions of a tile. Of few channels, every warp takes a share of the positions."""
     groups: tl.constexpr = 8 if x.shape[0] >= 128 else x.shape[0] // 16
-    if groups == 1 or x.shape[1] >= 64:
-        return tl.dot(tl.trans(x), k, input_precision="tf32x3")
-    x = tl.reshape(x, [groups, x.shape[0] // groups, x.shape[1]])
+    if groups == 1 or k.shape[1] >= 64:
+        return tl.dot(tl.trans(k), x, input_precision="tf32x3")
     k = tl.reshape(k, [groups, k.shape[0] // groups, k.shape[1]])
-    return tl.sum(tl.dot(tl.permute(x, (0, 2, 1)), k, input_precision="tf32x3"), 0)
+    x = tl.reshape(x, [groups, x.shape[0] // groups, x.shape[1]])
+    return tl.sum(tl.dot(tl.permute(k, (0, 2, 1)), x, input_precision="tf32x3"), 0)
 
 
 @triton.jit
@@ -50,18 +50,18 @@ def _logits(
         mean = tl.load(mean_ptr + column, mask=column < columns, other=0)
         std = tl.load(std_ptr + column, mask=column < columns, other=0)
         k = read(k_ptr, position, column, positions, mean, columns, raw, dot)[0]
-    products = _correlate(q, k)
+    products = _correlate(k, q)
     if standardize:
         scale = 1 / (std + EPSILON)
         if raw:
             # Of channels that are constant, rounding would be all that is left.
-            constant = (q_std == 0)[:, None] | (std == 0)[None, :]
-            products = tl.where(constant, 0.0, products - positions * q_mean[:, None] * mean[None, :])
+            constant = (q_std == 0)[None, :] | (std == 0)[:, None]
+            products = tl.where(constant, 0.0, products - positions * mean[:, None] * q_mean[None, :])
     else:
         scale = tl.full(std.shape, 1.0, tl.float32)
         if not raw:
-            products += positions * q_mean[:, None] * mean[None, :]
-    logits = tl.where((column < columns)[None, :], products * q_scale[:, None] * scale[None, :], float("-inf"))
+            products += positions * mean[:, None] * q_mean[None, :]
+    logits = tl.where((column < columns)[:, None], products * scale[:, None] * q_scale[None, :], float("-inf"))
     return logits, k, mean, scale
 
 
@@ -71,17 +71,17 @@ def _attend(
 ):
     """Take columns into a softmax that is under way: A, A (q - k), both still to be summed along rows, and A K."""
     if not standardize:  # standardised scores are at most sqrt(P): their exponentials need no maximum
-        greatest = tl.maximum(largest, tl.max(logits, 1))
+        greatest = tl.maximum(largest, tl.max(logits, 0))
         fade = tl.exp(largest - greatest)
         largest = greatest
-        logits -= largest[:, None]
-        totals *= fade[:, None]
-        errors *= fade[:, None]
+        logits -= largest[None, :]
+        totals *= fade[None, :]
+        errors *= fade[None, :]
         projected *= fade[None, :]
     weights = tl.exp(logits)
     totals += weights
-    errors += weights * (q_mean[:, None] - k_mean[None, :])
-    projected = tl.dot(k, tl.trans(weights.to(dot)), projected, input_precision="tf32x3")
+    errors += weights * (q_mean[None, :] - k_mean[:, None])
+    projected = tl.dot(k, weights.to(dot), projected, input_precision="tf32x3")
     return largest, totals, errors, projected
 
 
@@ -92,18 +92,18 @@ def _slope_through(
 ):  # fmt: skip
     """Add some columns of V: to h and to V k, both still to be summed along rows, and to V K.
 
-    T is R^T K + factor k + offset.
+    T is K^T R + factor k + offset.
     """
     if not standardize:
-        logits -= largest[:, None]
-    weights = tl.exp(logits) / total[:, None]
-    through = weights * (_correlate(r, k) + factor[:, None] * k_mean[None, :] + offset[:, None])
-    slopes = through * q_scale[:, None] * k_scale[None, :]
+        logits -= largest[None, :]
+    weights = tl.exp(logits) / total[None, :]
+    through = weights * (_correlate(k, r) + factor[None, :] * k_mean[:, None] + offset[None, :])
+    slopes = through * k_scale[:, None] * q_scale[None, :]
     if standardize:
         spreads += tl.where(weights > 0, through * logits, 0.0)
     else:
-        shifts += slopes * k_mean[None, :]
-    return spreads, shifts, tl.dot(k, tl.trans(slopes.to(dot)), gradient, input_precision="tf32x3")
+        shifts += slopes * k_mean[:, None]
+    return spreads, shifts, tl.dot(k, slopes.to(dot), gradient, input_precision="tf32x3")
 
 
 @jit
@@ -141,8 +141,8 @@ def loss_at_once(
 
     column = tl.arange(0, block_columns)
     largest = tl.full([block_rows], float("-inf"), tl.float32)
-    totals = tl.zeros([block_rows, block_columns], tl.float32)
-    errors = tl.zeros([block_rows, block_columns], tl.float32)
+    totals = tl.zeros([block_columns, block_rows], tl.float32)
+    errors = tl.zeros([block_columns, block_rows], tl.float32)
     projected = tl.zeros([tile, block_rows], tl.float32)
     if columns <= block_columns:
         logits, k, k_mean, k_scale = _logits(
@@ -161,25 +161,29 @@ def loss_at_once(
             largest, totals, errors, projected = _attend(
                 logits, k, q_mean, k_mean, largest, totals, errors, projected, dot, standardize
             )
-    total = tl.sum(totals, 1)
-    error = tl.sum(errors, 1) / total
+    total = tl.sum(totals, 0)
+    error = tl.sum(errors, 0) / total
     # Q is loaded again, and so that the compiler does not keep it from the first time: registers are short.
-    q = tl.load(q_ptr + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32) - q_mean[None, :]
+    q = tl.load(q_ptr + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
     if raw:
-        projected -= (tl.sum(projected, 0) / positions)[None, :]
-    r = tl.where(inside, q + error[None, :] - projected / total[None, :], 0.0)
+        shift = error - q_mean + tl.sum(projected, 0) / (positions * total)
+    else:
+        q -= q_mean[None, :]
+        shift = error
+    r = tl.where(inside, q + shift[None, :] - projected / total[None, :], 0.0)
     squares = tl.sum(r * r)
 
     if gradient_ptr is not None:
         difference = r.to(dot)
-        # T is R K^T, K less its means, plus P e k up to a constant per row, with which the sum of A T is that of
-        # R (Q + e - R), as A K = Q + e - R.
-        factor = positions * error
-        offset = -factor * (q_mean - error) - tl.sum(r * (q + error[None, :] - r), 0)
+        # T is R K^T up to a constant per row, and the sum of A T that of R A K, where A K = Q - R.
         if raw:
-            factor -= tl.sum(difference.to(tl.float32), 0)
-        spreads = tl.zeros([block_rows, block_columns], tl.float32)
-        shifts = tl.zeros([block_rows, block_columns], tl.float32)
+            factor = tl.zeros_like(error)
+            offset = -tl.sum(r * (q - r), 0)
+        else:  # of K less its means, and of the means less those of Q plus e
+            factor = positions * error
+            offset = factor * (error - q_mean) - tl.sum(r * (q + error[None, :] - r), 0)
+        spreads = tl.zeros([block_columns, block_rows], tl.float32)
+        shifts = tl.zeros([block_columns, block_rows], tl.float32)
         gradient = -r
         if columns <= block_columns:
             spreads, shifts, gradient = _slope_through(
@@ -201,10 +205,10 @@ def loss_at_once(
             if raw:
                 gradient += (error - tl.sum(gradient, 0) / positions)[None, :]
             q = tl.load(q_ptr + at, mask=inside, other=0, cache_modifier=".ca").to(tl.float32) - q_mean[None, :]
-            spread = tl.sum(spreads, 1) / ((q_std + EPSILON) * q_std * positions)
+            spread = tl.sum(spreads, 0) / ((q_std + EPSILON) * q_std * positions)
             gradient += tl.where(q_std == 0, 0.0, spread)[None, :] * q
         elif not raw:
-            gradient -= tl.sum(shifts, 1)[None, :]
+            gradient -= tl.sum(shifts, 0)[None, :]
         tl.store(
             gradient_ptr + image * positions * rows + at,
             rounded(gradient * slope, gradient_ptr.dtype.element_ty), mask=inside,
