@@ -27,6 +27,26 @@ def position(pixel, height, width):
 
 
 @triton.jit
+def tap_major(dw_ptr, taps_ptr, C: tl.constexpr, BK: tl.constexpr):
+    """Where dw (C, 9) is as (9, C) in fp32: in taps, written by every program for itself, or dw itself if taps is None.
+
+    All programs write the same values, so it does not matter whose a program reads.
+    """
+    if taps_ptr is None:
+        result_ptr = dw_ptr
+    else:
+        for block in tl.range(0, C, BK, num_stages=1):
+            channels = block + tl.arange(0, BK)[:, None]
+            taps = tl.arange(0, 16)[None, :]
+            mask = (channels < C) & (taps < 9)
+            weight = tl.load(dw_ptr + channels * 9 + taps, mask=mask, other=0.0).to(tl.float32)
+            tl.store(taps_ptr + taps * C + channels, weight, mask=mask)
+        tl.debug_barrier()
+        result_ptr = taps_ptr
+    return result_ptr
+
+
+@triton.jit
 def channel_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, inside, eps):
     """Scale and shift of a batch norm: normalised = z * scale + shift."""
     mean = tl.load(mean_ptr + channels, mask=inside, other=0.0)
@@ -114,7 +134,7 @@ def operand(value, dtype: tl.constexpr, DOT: tl.constexpr):
 
 @jit
 def _forward(
-    x_ptr, dw_ptr, pw_ptr, norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr,
+    x_ptr, dw_ptr, taps_ptr, pw_ptr, norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr,
     z_ptr, partial_ptr, mean_ptr, var_ptr, z_mean_ptr, counter_ptr,
     pixels, height, width, out_height, out_width, tiles, tiles_each, eps,
     CI: tl.constexpr, CO: tl.constexpr, STRIDE: tl.constexpr, DOT: tl.constexpr,
@@ -123,8 +143,8 @@ def _forward(
     """z = pw . (dw * x), or pw . average pool of x if dw is None, and its mean and variance per channel.
 
     x: (images, height, width, CI), z in the sizes (images, out_height, out_width, CO), `pixels` in all. norm_*: the
-    batch norm whose relu is applied to x on load, or None. partial: (2, programs, CO) means, and sums of squared
-    distances from them.
+    batch norm whose relu is applied to x on load, or None. taps: see `tap_major`. partial: (2, programs, CO) means, and
+    sums of squared distances from them.
     """
     NORMALISE: tl.constexpr = norm_mean_ptr is not None
     CHUNKS: tl.constexpr = (CI + BK - 1) // BK
@@ -137,6 +157,7 @@ def _forward(
     if NORMALISE:
         scale, shift = channel_scale(norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr, channels, inside, eps)
     pw = pointwise_weight(pw_ptr, channels, inside, outputs, outputs_inside, CI, dtype, DOT)
+    weights_ptr = tap_major(dw_ptr, taps_ptr, CI, BK)
 
     first = tl.program_id(0) * tiles_each
     mean = tl.zeros([BN], tl.float32)
@@ -155,7 +176,7 @@ def _forward(
                         norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr, channels, inside, eps
                     )
             between = gathered(
-                x_ptr, dw_ptr, scale, shift, pixel, valid, channels, inside,
+                x_ptr, weights_ptr, scale, shift, pixel, valid, channels, inside,
                 height, width, out_height, out_width, CI, STRIDE, NORMALISE,
             )  # fmt: skip
             z = tl.dot(operand(between, dtype, DOT), pw, z, input_precision="tf32x3")
@@ -250,9 +271,11 @@ def _normalise(
 # ---- launchers
 
 
-def tap_major(dw: Tensor) -> Tensor:
-    """dw (C, 1, 3, 3) with taps by channels in memory: itself, or a copy."""
-    return dense(dw.permute(2, 3, 1, 0).flatten(0, 2))
+def dense_weight(dw: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dw (C, 1, 3, 3), and memory for `tap_major`; None where dw already has taps by channels."""
+    if dw.permute(2, 3, 1, 0).is_contiguous() and (dw.is_meta or dw.data_ptr() % 16 == 0):
+        return dw, None
+    return dense(dw.flatten(1)), torch.empty(9 * dw.shape[0], dtype=torch.float32, device=dw.device)
 
 
 def padded(channels: int, largest: int) -> int:
@@ -272,10 +295,10 @@ def split(x: Tensor, tiles: int, waves: int) -> tuple[int, int]:
 
 
 def pointwise_statistics(x, dw, pw, norm, stride, eps):
-    """(z, mean, var, z_mean) of pw . (dw * x), or of pw . average pool of x if dw is None.
+    """(z, mean, var, z_mean) of pw . (dw * x), or of pw . average pool of x if dw is (None, None).
 
-    x, pw dense, dw tap-major, or None; norm: (mean, var, weight, bias) of a batch norm applied to x with ReLU on load,
-    or four times None.
+    x and pw dense; dw: from `dense_weight`; norm: (mean, var, weight, bias) of a batch norm applied to x with ReLU on
+    load, or four times None.
     """
     outputs, inputs = pw.shape[:2]
     height, width = x.shape[2:]
@@ -284,7 +307,7 @@ def pointwise_statistics(x, dw, pw, norm, stride, eps):
     mean, var, z_mean = (torch.empty(outputs, dtype=torch.float32, device=x.device) for _ in range(3))
     if pixels == 0:
         return z, mean.zero_(), var.zero_(), z_mean.zero_()
-    same = (inputs, outputs, stride, int(dw is None), int(norm[0] is not None))
+    same = (inputs, outputs, stride, int(dw[0] is None), int(norm[0] is not None))
     sizes = blocks("separable_forward", x, same=same, size=pixels, default=default_tiles(same, x))
     tile, warps = sizes["BM"], sizes["num_warps"]
     output_block = padded(outputs, 64)
@@ -292,7 +315,7 @@ def pointwise_statistics(x, dw, pw, norm, stride, eps):
     each, programs = split(x, tiles, sizes["waves"])
     launch(
         _forward, (programs, cdiv(outputs, output_block)),
-        x, dw, pw, *norm, z, torch.empty(2 * programs * outputs, dtype=torch.float32, device=x.device),
+        x, *dw, pw, *norm, z, torch.empty(2 * programs * outputs, dtype=torch.float32, device=x.device),
         mean, var, z_mean, counter(x), pixels, height, width, *z.shape[2:], tiles, each, eps,
         num_warps=warps, num_stages=1, CI=inputs, CO=outputs, STRIDE=stride, DOT=dot_dtype(x.dtype),
         BM=tile, BN=output_block, BK=input_block(x), ROWS=512 * warps // output_block,
@@ -323,7 +346,7 @@ NO_NORM = (None, None, None, None)
 def separable_conv_train(x, dw, pw, bn_weight, bn_bias, residual, stride, eps, relu):
     """As `odn_fast.reference.separable_conv.separable_conv_train`, in two launches."""
     x, pw, bn_weight, bn_bias = dense(x), dense(pw), dense(bn_weight), dense(bn_bias)
-    z, mean, var, z_mean = pointwise_statistics(x, tap_major(dw), pw, NO_NORM, stride, eps)
+    z, mean, var, z_mean = pointwise_statistics(x, dense_weight(dw), pw, NO_NORM, stride, eps)
     residual = None if residual is None else dense(residual)
     y = normalised(z, (mean, var, bn_weight, bn_bias), residual, NO_NORM, eps, relu)
     return y, mean, var, z, z_mean

@@ -21,6 +21,7 @@ from ._tuned import blocks
 from .separable_conv import (
     NO_NORM,
     channel_scale,
+    dense_weight,
     gathered,
     operand,
     padded,
@@ -36,7 +37,7 @@ from .separable_sums import finish_norm, gradient_sums, norm_gradients, reduce_w
 @jit
 def _pointwise_backward(
     grad_ptr, z_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, coefficients_ptr,
-    x_ptr, dw_ptr, pw_ptr, norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr,
+    x_ptr, dw_ptr, taps_ptr, pw_ptr, norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr,
     grad_between_ptr, partial_ptr,
     pixels, height, width, out_height, out_width, tiles, tiles_each, eps,
     CI: tl.constexpr, CO: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, DOT: tl.constexpr,
@@ -45,7 +46,7 @@ def _pointwise_backward(
     """grad_between = dz . pw and partial sums (programs, CO, CI) of dz^T . between.
 
     grad: g, or, with RELU, what is still to be masked by batch norm of z. between: the depthwise output of x, or its
-    average pool if dw is None. grad_between: (pixels, CI), or None. norm_*: as in the forward pass.
+    average pool if dw is None. grad_between: (pixels, CI), or None. norm_*, taps: as in the forward pass.
     """
     NORMALISE: tl.constexpr = norm_mean_ptr is not None
     dtype = x_ptr.dtype.element_ty
@@ -66,6 +67,7 @@ def _pointwise_backward(
     weight_mask = outputs_inside[:, None] & inside[None, :]
     if grad_between_ptr is not None:
         pw = operand(tl.load(pw_ptr + weight_offset, mask=weight_mask, other=0.0).to(tl.float32), dtype, DOT)
+    weights_ptr = tap_major(dw_ptr, taps_ptr, CI, BK)
     grad_pw = tl.zeros([BN, BK], tl.float32)
     first = tl.program_id(0) * tiles_each
     for tile in tl.range(first, tl.minimum(first + tiles_each, tiles), num_stages=1):
@@ -86,7 +88,7 @@ def _pointwise_backward(
                 mask=valid[:, None] & inside[None, :],
             )  # fmt: skip
         between = gathered(
-            x_ptr, dw_ptr, scale, shift, pixel, valid, channels, inside,
+            x_ptr, weights_ptr, scale, shift, pixel, valid, channels, inside,
             height, width, out_height, out_width, CI, STRIDE, NORMALISE,
         )  # fmt: skip
         grad_pw = tl.dot(tl.trans(grad_z), operand(between, dtype, DOT), grad_pw, input_precision="tf32x3")
@@ -224,14 +226,15 @@ def _depthwise_backward(
 
 
 def pointwise_gradient(grad, z, norm, coefficients, x, dw, pw, x_norm, stride, relu, eps, needed=True):
-    """(gradient of the depthwise output, or of the average pool if dw is None; partial sums of pw's gradient).
+    """(gradient of the depthwise output, or of the average pool if dw is (None, None); partial sums of pw's gradient).
 
-    grad, norm, coefficients: of the batch norm of z, from `gradient_sums`; with relu, grad is still to be masked.
-    needed: whether the first is; else it is None. x_norm: as in `pointwise_statistics`.
+    dw: from `dense_weight`; its taps are written. grad, norm, coefficients: of the batch norm of z, from
+    `gradient_sums`; with relu, grad is still to be masked. needed: whether the first is; else it is None. x_norm: as in
+    `pointwise_statistics`.
     """
     outputs, inputs = pw.shape[:2]
     pixels = z.numel() // outputs
-    same = (inputs, outputs, stride, int(dw is None), int(x_norm[0] is not None))
+    same = (inputs, outputs, stride, int(dw[0] is None), int(x_norm[0] is not None))
     sizes = blocks("separable_pointwise_backward", x, same=same, size=pixels, default=_pointwise_default(same, x))
     output_block = padded(outputs, LARGEST_OUTPUTS)
     input_block = padded(inputs, max(4096 // output_block, 16))
@@ -245,7 +248,7 @@ def pointwise_gradient(grad, z, norm, coefficients, x, dw, pw, x_norm, stride, r
     partial = torch.empty((programs, outputs, inputs), dtype=torch.float32, device=x.device)
     launch(
         _pointwise_backward, (programs, cdiv(inputs, input_block)),
-        grad, z, *norm, coefficients, x, dw, pw, *x_norm, between, partial,
+        grad, z, *norm, coefficients, x, *dw, pw, *x_norm, between, partial,
         pixels, *x.shape[2:], *z.shape[2:], tiles, each, eps,
         num_warps=sizes["num_warps"], num_stages=1, CI=inputs, CO=outputs, STRIDE=stride, RELU=relu,
         DOT=dot_dtype(x.dtype), BM=sizes["BM"], BN=output_block, BK=input_block,
@@ -256,8 +259,9 @@ def pointwise_gradient(grad, z, norm, coefficients, x, dw, pw, x_norm, stride, r
 def depthwise_gradient(grad, x, dw, x_norm, added, window, stride, x_needs_grad, eps):
     """(gradient of x or None, partial sums of dw's gradient, gradients of x_norm or None).
 
-    grad: of the depthwise output; added, window: the skip connection's, as `_depthwise_backward` describes them. With
-    x_norm, the gradient of x is that of the batch norm's result, and the last are those `gradient_sums` would find.
+    grad: of the depthwise output; dw: what `pointwise_gradient` took; added, window: the skip connection's, as
+    `_depthwise_backward` describes them. With x_norm, the gradient of x is that of the batch norm's result, and the
+    last are those `gradient_sums` would find.
     """
     channels = x.shape[1]
     pixels = x.numel() // channels
@@ -276,7 +280,8 @@ def depthwise_gradient(grad, x, dw, x_norm, added, window, stride, x_needs_grad,
         sums_counter, gradients = counter(x), norm_gradients(x_norm)
     launch(
         _depthwise_backward, (programs, cdiv(channels, block)),
-        grad, x, dw, *x_norm, added, grad_x, partial, norm_partial, sums_counter, *(gradients or (None, None, None)),
+        grad, x, dw[0] if dw[1] is None else dw[1], *x_norm, added, grad_x, partial, norm_partial, sums_counter,
+        *(gradients or (None, None, None)),
         pixels, *x.shape[2:], *grad.shape[2:], tiles, each, eps,
         num_warps=warps, num_stages=1, C=channels, STRIDE=stride, WINDOW=window, BM=tile, BK=block,
         ROWS=512 * warps // block,
@@ -302,11 +307,11 @@ def separable_conv_train_backward(
     norm = (dense(z_mean), dense(var), dense(bn_weight), dense(bn_bias))
     y = None if y is None else dense(y)
     grad, gradients, _ = gradient_sums(dense(grad_y), y, z, norm, None, relu, y is not None, eps)
-    taps, mask = tap_major(dw), relu and y is None
+    kernel, mask = dense_weight(dw), relu and y is None
     between, pw_partial = pointwise_gradient(
-        grad, z, norm, gradients[0], x, taps, weight, NO_NORM, stride, mask, eps
+        grad, z, norm, gradients[0], x, kernel, weight, NO_NORM, stride, mask, eps
     )
-    grad_x, dw_partial, _ = depthwise_gradient(between, x, taps, NO_NORM, None, 1, stride, x_needs_grad, eps)
+    grad_x, dw_partial, _ = depthwise_gradient(between, x, kernel, NO_NORM, None, 1, stride, x_needs_grad, eps)
     reduce_weights((grad_pw, pw_partial, grad_dw, dw_partial), None, None, *pw.shape[1::-1])
     nothing = x.new_empty(0)
     return (

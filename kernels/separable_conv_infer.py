@@ -8,6 +8,7 @@ from ._common import cdiv, dense, dot_dtype, jit, launch, relu, rounded
 from ._tuned import blocks
 from .separable_conv import (
     default_tiles,
+    dense_weight,
     depthwise,
     empty_map,
     input_block,
@@ -36,7 +37,7 @@ def _activation(value, NAME: tl.constexpr):
 
 @jit
 def _infer(
-    x_ptr, dw_ptr, dw_bias_ptr, pw_ptr, pw_bias_ptr, residual_ptr, y_ptr,
+    x_ptr, dw_ptr, taps_ptr, dw_bias_ptr, pw_ptr, pw_bias_ptr, residual_ptr, y_ptr,
     pixels, height, width, out_height, out_width, tiles, tiles_each,
     CI: tl.constexpr, CO: tl.constexpr, STRIDE: tl.constexpr, ACT_DW: tl.constexpr, ACT_PW: tl.constexpr,
     DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -48,6 +49,7 @@ def _infer(
     channels = tl.arange(0, BK)
     inside, outputs_inside = channels < CI, outputs < CO
     pw = pointwise_weight(pw_ptr, channels, inside, outputs, outputs_inside, CI, dtype, DOT)
+    weights_ptr = tap_major(dw_ptr, taps_ptr, CI, BK)
     nothing = tl.zeros([BK], tl.float32)
     first = tl.program_id(0) * tiles_each
     for tile in tl.range(first, tl.minimum(first + tiles_each, tiles), num_stages=1):
@@ -60,7 +62,7 @@ def _infer(
                 inside = channels < CI
                 pw = pointwise_weight(pw_ptr, channels, inside, outputs, outputs_inside, CI, dtype, DOT)
             between = depthwise(
-                x_ptr, dw_ptr, nothing, nothing, pixel, valid, channels, inside,
+                x_ptr, weights_ptr, nothing, nothing, pixel, valid, channels, inside,
                 height, width, out_height, out_width, CI, STRIDE, False,
             )  # fmt: skip
             if dw_bias_ptr is not None:
@@ -93,7 +95,7 @@ def separable_conv_infer(x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, 
     each, programs = split(x, tiles, sizes["waves"])
     launch(
         _infer, (programs, cdiv(outputs, output_block)),
-        x, tap_major(dw), dw_bias, pw, pw_bias, residual, y, pixels, height, width, *y.shape[2:], tiles, each,
+        x, *dense_weight(dw), dw_bias, pw, pw_bias, residual, y, pixels, height, width, *y.shape[2:], tiles, each,
         num_warps=sizes["num_warps"], num_stages=1, CI=inputs, CO=outputs, STRIDE=stride, ACT_DW=act_dw, ACT_PW=act_pw,
         DOT=dot_dtype(x.dtype), BM=sizes["BM"], BN=output_block, BK=input_block(x),
     )  # fmt: skip

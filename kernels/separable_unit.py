@@ -8,7 +8,7 @@ import torch
 
 from . import _common
 from ._common import dense
-from .separable_conv import NO_NORM, normalised, pointwise_statistics, tap_major, too_large
+from .separable_conv import NO_NORM, dense_weight, normalised, pointwise_statistics, too_large
 from .separable_conv_backward import depthwise_gradient, pointwise_gradient, too_many_outputs, weight_like
 from .separable_sums import gradient_sums, reduce_weights
 
@@ -61,7 +61,7 @@ def separable_unit_train_backward(
     added = grad if identity else None
     if skip:
         added, skip_pw = pointwise_gradient(
-            grad, zs[2], norms[2], skip_norm[0], x, None, skip[1], NO_NORM, stride, False, eps, x_needs_grad
+            grad, zs[2], norms[2], skip_norm[0], x, *skip[:2], NO_NORM, stride, False, eps, x_needs_grad
         )
     between, first_pw = pointwise_gradient(
         grad_between, zs[0], norms[0], first_norm[0], x, *first[:2], NO_NORM, STRIDES[stride][0], False, eps
@@ -86,7 +86,7 @@ def layer(parameters):
     if not parameters:
         return []
     dw, *others = parameters
-    return [None if dw is None else tap_major(dw), *map(dense, others)]
+    return [(None, None) if dw is None else dense_weight(dw), *map(dense, others)]
 
 
 def nothing_to_sum(x, *groups_and_need):
