@@ -60,7 +60,7 @@ __device__ void store_partials(const TrainingArguments& p, unsigned char* shared
   const int channels = p.arguments.convolution.out_channels, chunks = channels / chunk_channels;
   float2(*moments)[chunk_channels] = reinterpret_cast<float2(*)[chunk_channels]>(shared);
   float* counts = reinterpret_cast<float*>(moments + warps);
-  const float count = seen.count, per_pixel = 1 / count;
+  const float count = __reduce_add_sync(0xffffffffu, lane % 4 == 0 ? seen.count : 0), per_pixel = 1 / count;
   __syncthreads();  // shared memory has been read
 #pragma unroll
   for (int i = 0; i < lane_channels; i++) {

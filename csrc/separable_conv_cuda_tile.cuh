@@ -281,7 +281,7 @@ struct Packed {
 template <int CHANNELS>
 struct Sums {
   float sum[CHANNELS], square[CHANNELS];
-  int count;  // of the warp
+  int count;  // of pixels
 };
 
 // In shared memory, because registers are short.
@@ -339,6 +339,7 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
     if (TRAIN) seen.sum[i] = seen.square[i] = 0;
   }
   seen.count = 0;
+  bool pivot_known = false;
   if (!TRAIN) {
     with_values(p.pw_bias, [&](const auto* bias) {
       if (lane < 8 * NTILES) constants.output[warp][lane] = bias ? as_float(bias[chunk * 8 * NTILES + lane]) : 0;
@@ -396,13 +397,14 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
       if (!TRAIN) read(constants.of_lane(), start);
 #pragma unroll
       for (int i = 0; i < 2 * NTILES * 4; i++) sums[i / (NTILES * 4)][i / 4 % NTILES][i % 4] = start[i / 4 % NTILES * 2 + i % 2];
+      const uint4* a = depthwise + group * steps * 64 + lane;
+      const uint4* weight = weights + chunk * steps * (NTILES / 2) * 32 + lane;
 #pragma unroll 1  // registers
-      for (int step = 0; step < steps; step++) {
-        const uint4* a = depthwise + (group * steps + step) * 64 + lane;
+      for (int step = 0; step < steps; step++, a += 64, weight += NTILES / 2 * 32) {
         const uint4 upper = a[0], lower = a[32];
 #pragma unroll
         for (int pair = 0; pair < NTILES / 2; pair++) {
-          const uint4 b = weights[((chunk * steps + step) * (NTILES / 2) + pair) * 32 + lane];
+          const uint4 b = weight[pair * 32];
           multiply(sums[0][2 * pair], upper, b.x, b.y);
           multiply(sums[1][2 * pair], lower, b.x, b.y);
           multiply(sums[0][2 * pair + 1], upper, b.z, b.w);
@@ -416,7 +418,8 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
       float pivot[lane_channels];
       if (TRAIN) {  // the first pixel of the first square that is there becomes the pivot
         const unsigned lanes = __ballot_sync(0xffffffffu, there);
-        if (lanes && seen.count == 0) {
+        if (lanes && !pivot_known) {
+          pivot_known = true;
           if (g == (__ffs(lanes) - 1) / 4) {
 #pragma unroll
             for (int i = 0; i < lane_channels; i++) constants.of_lane()[i] = sums[0][i / 2][i % 2];
@@ -425,11 +428,13 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
         }
         read(constants.of_lane(), pivot);
       }
-      int added = 0;
+      const int first = ((image * c.out_height + y) * c.out_width + x) * c.out_channels + channel;
+      const int columns = there ? min(c.out_width - x, 2) : 0, rows = min(c.out_height - y, 2);
+      seen.count += columns * rows;
 #pragma unroll
       for (int pixel = 0; pixel < 4; pixel++) {
-        if (!there || y + pixel / 2 >= c.out_height || x + pixel % 2 >= c.out_width) continue;
-        const int offset = ((image * c.out_height + y + pixel / 2) * c.out_width + x + pixel % 2) * c.out_channels + channel;
+        if (pixel / 2 >= rows || pixel % 2 >= columns) continue;
+        const int offset = first + (pixel / 2 * c.out_width + pixel % 2) * c.out_channels;
         float values[lane_channels];
 #pragma unroll
         for (int i = 0; i < lane_channels; i++) values[i] = sums[pixel / 2][i / 2][pixel % 2 * 2 + i % 2];
@@ -446,7 +451,6 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
         for (int i = 0; i < NTILES; i++) packed.pairs[i] = pack(values[2 * i], values[2 * i + 1]);
         packed.store(p.output + offset);
         if (TRAIN) {
-          added++;
 #pragma unroll
           for (int i = 0; i < lane_channels; i++) {
             const float v = (i % 2 ? high(packed.pairs[i / 2]) : low(packed.pairs[i / 2])) - pivot[i];
@@ -455,7 +459,6 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
           }
         }
       }
-      if (TRAIN) seen.count += __reduce_add_sync(0xffffffffu, t == 0 ? added : 0);
     }
     here = place(tiling, next);
   }
