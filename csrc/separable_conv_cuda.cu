@@ -284,7 +284,8 @@ Tiling tiling_of(const Convolution& c, int groups) {
     t.tiles_y = divide_up(image_rows, rows), t.tiles_x = divide_up(image_columns, columns);
     t.tiles = divide_up(c.batch, t.images) * t.tiles_y * t.tiles_x;
     t.groups = groups;
-    t.by_parts = inverse(c.in_channels / 8), t.by_region_height = inverse(t.region_height);
+    t.by_parts = inverse(c.in_channels / 8), t.by_steps = inverse(c.in_channels / step_channels);
+    t.by_region_height = inverse(t.region_height), t.by_rows = inverse(rows), t.by_columns = inverse(columns);
     const int read = t.images * t.region_height * t.region_width;
     const int64_t cost = static_cast<int64_t>(t.tiles) * (2 * group_pixels * groups + read);
     if (cost <= lowest) lowest = cost, best = t;

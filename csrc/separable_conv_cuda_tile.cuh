@@ -35,7 +35,7 @@ struct Tiling {
   int groups;   // of pixels in a tile, those outside of the images included
   int buffers;  // regions in shared memory, 1 or 2
   int shared_bytes;
-  unsigned by_parts, by_region_height;  // for `divided`: in_channels / 8, region_height
+  unsigned by_parts, by_steps, by_region_height, by_rows, by_columns;  // for `divided`
 };
 
 struct Arguments {
@@ -179,13 +179,14 @@ __device__ uint2 four(const float* source) {
 
 // The pointwise weights in the order in which lanes read them: (chunk, step, pair of n tiles, lane) of 16 bytes.
 template <int NTILES, typename Value>
-__device__ void load_weights(const Convolution& c, const Value* source, uint4* weights) {
+__device__ void load_weights(const Arguments& p, const Value* source, uint4* weights) {
+  const Convolution& c = p.convolution;
   const int steps = c.in_channels / step_channels;
 #pragma unroll 4
   for (int i = threadIdx.x; i < c.in_channels * c.out_channels / 8; i += threads) {
     const int lane = i % 32, g = lane / 4, t = lane % 4;
     const int pair = i / 32 % (NTILES / 2), rest = i / (32 * (NTILES / 2));
-    const int step = rest % steps, chunk = rest / steps;
+    const int chunk = divided(rest, p.tiling.by_steps), step = rest - chunk * steps;
     const int row = chunk * 8 * NTILES + 2 * NTILES * (g / 2) + 4 * pair + g % 2;
     const Value* first = source + row * c.in_channels + step * step_channels + 4 * t;
     const uint2 even = four(first), odd = four(first + 2 * c.in_channels);
@@ -203,8 +204,8 @@ __device__ void find_squares(const Arguments& p, Square* squares) {
   const Tiling& tiling = p.tiling;
   const int columns = tiling.tile_width / 2, rows = tiling.tile_height / 2;
   for (int i = threadIdx.x; i < tiling.groups * 8; i += threads) {
-    const int column = i % columns, rest = i / columns;
-    const int image = rest / rows, row = rest % rows;
+    const int rest = divided(i, tiling.by_columns), column = i - rest * columns;
+    const int image = divided(rest, tiling.by_rows), row = rest - image * rows;
     const bool there = image < tiling.images;  // else it is computed from the first one's region, and dropped
     const int stride = p.convolution.stride;
     const int offset = there ? ((image * tiling.region_height + 2 * stride * row) * tiling.region_width + 2 * stride * column) *
@@ -323,7 +324,7 @@ __device__ void convolve(const Arguments& p, unsigned char* shared, Constants<NT
   load_region(p, here, regions);
   close_group();
   find_squares(p, squares);
-  with_values(c.pw, [&](const auto* pw) { load_weights<NTILES>(c, pw, weights); });
+  with_values(c.pw, [&](const auto* pw) { load_weights<NTILES>(p, pw, weights); });
 
   // The stencil's share: step warp % step_warps and those step_warps further on; the product's: chunk warp % chunks.
   const int step_warps = min(steps, warps), step_stride = warps / step_warps;
