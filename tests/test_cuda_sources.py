@@ -46,4 +46,5 @@ def test_the_extension_says_whether_it_has_cuda_kernels():
 def test_without_cuda_kernels_the_reason_says_why():
     x, dw, pw = torch.randn(2, 16, 4, 4), torch.randn(16, 1, 3, 3), torch.randn(16, 16, 1, 1)
     (reason,) = reasons("separable_conv_infer", x, dw, None, pw, None, None, 1, "none", "relu")["cuda"]
-    assert reason.startswith("the extension was built without CUDA kernels" if _extension.available else "the compiled extension is not used")
+    built_without = "the extension was built without CUDA kernels"
+    assert reason.startswith(built_without if _extension.available else "the compiled extension is not used")
