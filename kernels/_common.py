@@ -213,7 +213,7 @@ def rounded(v, dtype: tl.constexpr):
 @triton.jit
 def relu(v):
     """NaN stays NaN, as in PyTorch."""
-    return tl.where(v < 0, 0.0, v)
+    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -77,9 +77,9 @@ def depthwise(
             value = tl.load(x_ptr + offset + (i * width + j) * CI, mask=mask, other=0.0).to(tl.float32)
             if NORMALISE:
                 value = relu(value * scale[None, :] + shift[None, :])
-            value = tl.where(mask, value, 0.0)  # keeps the sum out of the layout of the product that follows, too
             weight = tl.load(dw_ptr + (i * 3 + j) * CI + channels, mask=inside, other=0.0).to(tl.float32)
-            total += value * weight[None, :]
+            # This also keeps the sum out of the layout of the product that follows.
+            total = tl.where(mask, total + value * weight[None, :], total)
     return total
 
 
@@ -97,7 +97,7 @@ def pooled(
         for j in tl.static_range(STRIDE):
             mask = (valid & (top + i < height) & (left + j < width))[:, None] & inside[None, :]
             value = tl.load(x_ptr + offset + (i * width + j) * CI, mask=mask, other=0.0).to(tl.float32)
-            total += tl.where(mask, value, 0.0)
+            total = tl.where(mask, total + value, total)
     return total / window(top, left, height, width, STRIDE)[:, None]
 
 

@@ -109,7 +109,7 @@ def _tap_row(
             below, beside = below >> 1, beside >> 1
         mask = (reached & (below < out_height) & (beside < out_width))[:, None] & inside[None, :]
         offset = ((image * out_height + below) * out_width + beside)[:, None] * C + channels[None, :]
-        grad = tl.where(mask, tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32), 0.0)
+        grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(dw_ptr + (ROW * 3 + tap) * C + channels, mask=inside, other=0.0).to(tl.float32)
         grad_x += grad * weight[None, :]
         if tap == 0:
@@ -172,7 +172,7 @@ def _depthwise_backward(
         if NORMALISE:
             x = stored_x * scale[None, :] + shift[None, :]
             let_through = mask & ((x <= 0) == 0)
-            x = tl.where(mask, relu(x), 0.0)
+            x = relu(x)
         grad_x = tl.zeros([BM, BK], tl.float32)
         grad_x, a0, a1, a2 = _tap_row(
             grad_x, a0, a1, a2, x, grad_ptr, dw_ptr, image, row, column, valid, channels, inside,
@@ -204,7 +204,7 @@ def _depthwise_backward(
             if NORMALISE:
                 grad_x = stored.to(tl.float32)
                 sums += grad_x
-                products += tl.where(mask, grad_x * (stored_x - mean[None, :]), 0.0)
+                products += grad_x * (stored_x - mean[None, :])
     _store_taps(dw_partial_ptr, a0, a1, a2, channels, inside, C, 0)
     _store_taps(dw_partial_ptr, b0, b1, b2, channels, inside, C, 1)
     _store_taps(dw_partial_ptr, c0, c1, c2, channels, inside, C, 2)

@@ -52,10 +52,10 @@ def _sums(
             tl.store(masked_ptr + offset, stored, mask=mask)
             grad = stored.to(tl.float32)
         sums += grad
-        products += tl.where(mask, grad * (z - mean[None, :]), 0.0)
+        products += grad * (z - mean[None, :])
         if skip_z_ptr is not None:
             skip_z = tl.load(skip_z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            skip_products += tl.where(mask, grad * (skip_z - skip_mean[None, :]), 0.0)
+            skip_products += grad * (skip_z - skip_mean[None, :])
     programs = tl.num_programs(0)
     row = partial_ptr + tl.program_id(0) * C + channels
     tl.store(row, tl.sum(sums, 0), mask=inside)
