@@ -372,7 +372,7 @@ def input_block(x: Tensor) -> int:
 
 def tile_candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
     largest = max(padded(same[0], 64), padded(same[1], 64))
-    tiles = {16: [(64, 4), (128, 4), (128, 8)], 32: [(32, 4), (64, 4), (64, 8)], 64: [(32, 4), (32, 8), (64, 8)]}
+    tiles = {16: [(64, 4), (32, 4), (128, 8)], 32: [(32, 4), (64, 8), (32, 8)], 64: [(32, 4), (32, 8), (64, 8)]}
     return [
         {"BM": tile, "num_warps": warps, "waves": waves}
         for tile, warps in tiles[largest]

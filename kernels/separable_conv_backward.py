@@ -331,7 +331,7 @@ def _pointwise_default(same: tuple[int, ...], x: Tensor) -> dict[str, int]:
 
 def _pointwise_candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
     largest = max(padded(same[0], 64), padded(same[1], 64))
-    tiles = {16: [(64, 4), (128, 8)], 32: [(32, 4), (64, 8)], 64: [(32, 8), (64, 8), (16, 4)]}[largest]
+    tiles = {16: [(64, 4), (32, 4), (64, 8)], 32: [(64, 8), (32, 8), (16, 4)], 64: [(32, 8), (16, 8), (16, 4)]}[largest]
     return [
         {"BM": tile, "num_warps": warps, "waves": waves} for tile, warps in tiles for waves in (8 // warps, 16 // warps)
     ]
