@@ -93,7 +93,7 @@ def test_kernels_of_all_typical_shapes(compile_kernels, capability, stem):
 
 
 def test_other_sizes_compile_nothing_new(compile_kernels):
-    """Channels and dtypes make a variant, not images, rows or columns: a network that grows finds its kernels ready."""
+    """A network that grows finds its kernels ready: images, rows and columns make a variant by powers of two at most."""
     (name, first), (other_name, other) = compile_kernels(90, "grown").items()
     raise_errors([*first, *other])
     hashes = [{kernel["hash"] for kernel in kernels} for kernels in (first, other)]
