@@ -418,11 +418,11 @@ def _sizes(
 
     16 warps leave 128 registers a thread, which these numbers of tiles nearly fill.
     """
-    _, element_size, backward, added = same
+    _, element_size, backward, _ = same
     rows = 256 * num_warps // columns
     return {
         "columns": columns, "rows": rows, "unroll": (4 if backward else 8) // element_size,
-        "held": 2 if backward else (24 if added else 32) // element_size, "fewest": max(fewest, rows),
+        "held": 2 if backward else 16 // element_size, "fewest": max(fewest, rows),
         "grid": grid, "programs": programs, "num_warps": num_warps, "num_stages": 1,
     }  # fmt: skip
 
@@ -437,6 +437,8 @@ def _default(same: tuple[int, ...], pixels: int) -> dict[str, int]:
 def candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
     widths = [columns for columns in (8, 16, 32, 64) if columns <= same[0]] or [triton.next_power_of_2(same[0])]
     in_one = [_sizes(same, columns) for columns in widths]
+    usual = _sizes(same, min(32, widths[-1]))
+    in_one.append({**usual, "held": 2 * usual["held"]})
     in_two = [_sizes(same, columns, grid=0, programs=2, num_warps=8) for columns in widths[-2:]]
     alone = [_sizes(same, columns, fewest=4096) for columns in widths[:2]]
     return [*in_one, *in_two, *alone]
