@@ -1,8 +1,9 @@
-"""Backbones split by depth, and what they cost."""
+"""Backbones split by depth, students that grow, and what they cost."""
 
 from .depth_network import DepthNetwork
 from .profile import Profile, profile
 from .resnet import BasicBlock, Bottleneck, resnet
+from .student_graph import Count, Edge, Node, StudentGraph, count, deepen, initial_graph, widen
 
 _RESNETS = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -12,7 +13,10 @@ _RESNETS = {
 }
 NAMES = tuple(_RESNETS)
 
-__all__ = ["DepthNetwork", "NAMES", "Profile", "create", "profile"]
+__all__ = [
+    "Count", "DepthNetwork", "Edge", "NAMES", "Node", "Profile", "StudentGraph", "count", "create",
+    "deepen", "initial_graph", "profile", "widen",
+]
 
 
 def create(name: str, in_channels: int = 3, num_classes: int = 10) -> DepthNetwork:
