@@ -83,7 +83,7 @@ def network(batch: int, size: int) -> None:
 
 def main(capability: int, what: str, stems: list[str]) -> None:
     if what == "grown":
-        runs = {f"{batch} images of {size}x{size}": (network, batch, size) for batch, size in ((90, 8), (121, 7))}
+        runs = {f"{batch} images of {size}x{size}": (network, batch, size) for batch, size in ((200, 8), (260, 7))}
     else:
         cases = [case for case in compilation_cases.CASES if case.__name__ in stems]
         runs = {case.__name__: (case, "meta", what == "all") for case in cases}
