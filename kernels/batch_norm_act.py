@@ -3,7 +3,8 @@
 A program owns a block of channels and a share of the pixels. It needs its share twice: for the sums over pixels, then,
 once every program's sums are known, to compute with them. It holds the first HELD tiles of its share in registers; the
 rest it reads again, backwards, meeting first what is still in a cache. UNROLL tiles are loaded before any of them is
-used, because no load passes a store. How the programs of one block of channels learn of each other's sums is the `SPLIT` of the kernels:
+used, because no load passes a store. How the programs of one block of channels learn of each other's sums is the
+`SPLIT` of the kernels:
 
 "none": one program owns all pixels. "grid": all programs run at the same time and wait for each other, in one launch.
 "sums", then "rest": two launches, the first ends where the sums are stored.
@@ -59,9 +60,7 @@ def _load_columns(pointer, columns, channels):
 
 
 @triton.jit
-def _statistics(
-    held, x_ptr, first, end, columns, channels, ROWS: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr
-):
+def _statistics(held, x_ptr, first, end, columns, channels, ROWS: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr):
     """Mean of pixels [first, end) per column, less the first pixel of all, and sum of squared deviations from it.
 
     Every row of the tile adds up deviations from its own first value; then rows are combined by their means (Chan,
@@ -179,19 +178,14 @@ def _forward(
             start = first + group * ROWS
             if group > 0:
                 residual = _load_tiles(residual_ptr, start, end, columns, channels, ROWS, TOGETHER)
-            _write_y(
-                held, residual, y_ptr, start, end, columns, channels, mean, scale, bias,
-                ROWS, TOGETHER, group, RELU,
-            )  # fmt: skip
+            _write_y(held, residual, y_ptr, start, end, columns, channels, mean, scale, bias, ROWS, TOGETHER, group, RELU)
         rest = first + HELD * ROWS
         groups = tl.cdiv(end - rest, UNROLL * ROWS)
         for group in range(groups):
             start = rest + (groups - 1 - group) * UNROLL * ROWS
             x = _load_tiles(x_ptr, start, end, columns, channels, ROWS, UNROLL)
             residual_tiles = _load_tiles(residual_ptr, start, end, columns, channels, ROWS, UNROLL)
-            _write_y(
-                x, residual_tiles, y_ptr, start, end, columns, channels, mean, scale, bias, ROWS, UNROLL, 0, RELU
-            )
+            _write_y(x, residual_tiles, y_ptr, start, end, columns, channels, mean, scale, bias, ROWS, UNROLL, 0, RELU)
 
 
 @triton.jit
@@ -303,17 +297,14 @@ def _backward(
             mean_grad = sum_grad / pixels.to(tl.float32)
             slope = sum_product * inverse_deviation / pixels.to(tl.float32)
             _write_grad_x(
-                through, x, grad_x_ptr, first, end, columns, channels, mean, scale, bias, mean_grad, slope,
-                ROWS, HELD, False,
-            )  # fmt: skip
+                through, x, grad_x_ptr, first, end, columns, channels, mean, scale, bias, mean_grad, slope, ROWS, HELD, False
+            )
             groups = tl.cdiv(end - rest, UNROLL * ROWS)
             for group in range(groups):
                 start = rest + (groups - 1 - group) * UNROLL * ROWS
                 some_x = _load_tiles(x_ptr, start, end, columns, channels, ROWS, UNROLL)
-                if y_ptr is None:
-                    some_grad = _load_tiles(grad_ptr, start, end, columns, channels, ROWS, UNROLL)
-                else:
-                    some_grad = _load_tiles(grad_residual_ptr, start, end, columns, channels, ROWS, UNROLL)
+                let_through_ptr = grad_ptr if y_ptr is None else grad_residual_ptr
+                some_grad = _load_tiles(let_through_ptr, start, end, columns, channels, ROWS, UNROLL)
                 _write_grad_x(
                     some_grad, some_x, grad_x_ptr, start, end, columns, channels, mean, scale, bias, mean_grad, slope,
                     ROWS, UNROLL, RELU and y_ptr is None,
@@ -339,17 +330,9 @@ def batch_norm_act_train(
 
 
 def batch_norm_act_train_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    y: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    relu: bool,
-    x_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None, mean: Tensor, var: Tensor,
+    eps: float, relu: bool, x_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad_y, x, weight, bias, mean, var = (dense(tensor) for tensor in (grad_y, x, weight, bias, mean, var))
     grad_x = torch.empty_like(x, memory_format=torch.channels_last) if x_needs_grad else None
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
@@ -410,9 +393,7 @@ def _run(kernel, x: Tensor, backward: bool, added: bool, relu: bool, eps: float,
 # ---- block sizes
 
 
-def _sizes(
-    same: tuple[int, ...], columns: int, fewest: int = 0, grid: int = 1, programs: int = 1, num_warps: int = 16
-) -> dict[str, int]:
+def _sizes(same: tuple[int, ...], columns: int, fewest=0, grid=1, programs=1, num_warps=16) -> dict[str, int]:
     """columns, rows: of a tile, 8 elements a thread; unroll: tiles loaded together, of every map; held: tiles, at most;
     fewest: pixels of a program; grid: 1 for one launch; programs: a multiprocessor, with two launches.
 
