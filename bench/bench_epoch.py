@@ -16,10 +16,10 @@ from torch import nn
 
 from odn_fast.config import ExpandConfig
 from odn_fast.data import Batches, Normalisation, Split, evaluation_batches
-from odn_fast.engine import (Convergence, FitConfig, FitData, FoldedNetwork, Interrupts, Training, accuracy, autocast,
+from odn_fast.engine import (Convergence, FitConfig, FitData, Interrupts, Training, accuracy, autocast,
                              classification_loss, confusion)
 from odn_fast.engine.fit import train_epoch
-from odn_fast.models import create
+from odn_fast.models import FoldedNetwork, create
 from odn_fast.record import RunFolder
 from odn_fast.search.display import Silent
 from odn_fast.search.recorder import Recorder

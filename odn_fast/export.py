@@ -19,7 +19,7 @@ from safetensors.torch import load as load_weights
 from safetensors.torch import save
 from torch import fx, nn
 
-from .engine import FoldedNetwork, graph_module
+from .models.fold import FoldedNetwork, graph_module
 from .record import write_atomically
 
 _FORMAT = 1

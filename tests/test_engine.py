@@ -9,8 +9,9 @@ from test_models import tiny
 from torch import nn
 
 from odn_fast.data import Batches, Normalisation, Split
-from odn_fast.engine import (Convergence, CosineEpochs, FitConfig, FitData, FoldedNetwork, Interrupted, Interrupts, Training,
+from odn_fast.engine import (Convergence, CosineEpochs, FitConfig, FitData, Interrupted, Interrupts, Training,
                              accuracy, classification_loss, confusion, fit, measure_latency, resolve_precision, tune_allocator)
+from odn_fast.models import FoldedNetwork
 
 
 def follow(rule, accuracies, lr=1.0):

@@ -1,6 +1,7 @@
 """Backbones split by depth, students that grow, and what they cost."""
 
 from .depth_network import DepthNetwork
+from .fold import FoldedNetwork
 from .profile import Profile, profile
 from .resnet import BasicBlock, Bottleneck, resnet
 from .student_graph import Count, Edge, Node, StudentGraph, count, deepen, initial_graph, widen
@@ -14,7 +15,7 @@ _RESNETS = {
 NAMES = tuple(_RESNETS)
 
 __all__ = [
-    "Count", "DepthNetwork", "Edge", "NAMES", "Node", "Profile", "StudentGraph", "count", "create",
+    "Count", "DepthNetwork", "Edge", "FoldedNetwork", "NAMES", "Node", "Profile", "StudentGraph", "count", "create",
     "deepen", "initial_graph", "profile", "widen",
 ]
 

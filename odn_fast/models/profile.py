@@ -19,12 +19,14 @@ class Profile:
         macs: multiply-adds of convolutions and linear layers.
         paper_flops: the "FLOPs" of Optimally Deep Networks, Table I: macs + 5 per batch-norm output element
             + 1 per pooled input element.
+        growth_flops: the "FLOPs" of SEArch's tables: macs + 2 per batch-norm output element.
     """
 
     params: int
     state_bytes: int
     macs: int
     paper_flops: int
+    growth_flops: int
 
 
 def profile(model: nn.Module, input_shape: tuple[int, int, int], depth: int | None = None) -> Profile:
@@ -42,15 +44,16 @@ def profile(model: nn.Module, input_shape: tuple[int, int, int], depth: int | No
     elif depth is not None:
         raise ValueError(f"depth: {type(model).__name__} has no depths; expected None, got {depth}")
     state = model.state_dict()
-    macs, extra = _count(model, tuple(input_shape))
+    counts = _count(model, tuple(input_shape))
+    macs, normalised = counts["macs"], counts["normalised"]
     return Profile(params=sum(p.numel() for p in model.parameters()),
                    state_bytes=sum(t.numel() * t.element_size() for t in state.values()),
-                   macs=macs, paper_flops=macs + extra)
+                   macs=macs, paper_flops=macs + 5 * normalised + counts["pooled"], growth_flops=macs + 2 * normalised)
 
 
-def _count(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Multiply-adds, and the further operations that the paper counts."""
-    counts = {"macs": 0, "extra": 0}
+def _count(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """Multiply-adds, batch-norm output elements and pooled input elements."""
+    counts = {"macs": 0, "normalised": 0, "pooled": 0}
 
     def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor):
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -58,9 +61,9 @@ def _count(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
         elif isinstance(module, nn.Linear):
             counts["macs"] += output.numel() * module.in_features
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            counts["extra"] += 5 * output.numel()
+            counts["normalised"] += output.numel()
         elif isinstance(module, (nn.AdaptiveAvgPool2d, nn.AvgPool2d)):
-            counts["extra"] += inputs[0].numel()
+            counts["pooled"] += inputs[0].numel()
 
     modes = {module: module.training for module in model.modules()}
     hooks = [module.register_forward_hook(add) for module in modes]
@@ -76,4 +79,4 @@ def _count(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    return counts["macs"], counts["extra"]
+    return counts

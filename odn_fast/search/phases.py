@@ -10,10 +10,10 @@ from torch import fx, nn
 from .. import __version__, export
 from ..config import ExpandConfig
 from ..data import Batches, DataSet, Split, evaluation_batches
-from ..engine import (Convergence, CosineEpochs, FitConfig, FitData, FoldedNetwork, Training, accuracy, classification_loss,
+from ..engine import (Convergence, CosineEpochs, FitConfig, FitData, Training, accuracy, classification_loss,
                       confusion, fit, measure_latency)
 from ..machine import environment
-from ..models import DepthNetwork, profile
+from ..models import DepthNetwork, FoldedNetwork, profile
 from ..record import RunError, RunFolder
 from .display import Display, Silent
 from .preview import depth_latencies

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import torch
 
 from ..data import DataSet
-from ..engine import FoldedNetwork, autocast, classification_loss, measure_latency
-from ..models import DepthNetwork, profile
+from ..engine import autocast, classification_loss, measure_latency
+from ..models import DepthNetwork, FoldedNetwork, profile
 
 _LONGEST_TRIAL = 2.0  # seconds: a full-depth step that would take longer is estimated from its multiply-adds
 

@@ -14,12 +14,14 @@ class FoldedNetwork(nn.Module):
 
     Args:
         network: a module that `torch.fx` can trace; every batch norm that follows a convolution is folded.
+        tracer: what traces it, where `fx.Tracer` alone does not do. Whatever it leaves in a node's `meta` stays with the
+            node, or goes from a folded batch norm to its convolution.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, tracer: fx.Tracer | None = None):
         super().__init__()
         self._source = [network]  # in a list: the network under training is no part of this one
-        self.graph, self._folded, self._copied = _folded_graph(network)
+        self.graph, self._folded, self._copied = _folded_graph(fx.GraphModule(network, (tracer or fx.Tracer()).trace(network)))
         self.to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.refresh()
 
@@ -42,9 +44,8 @@ class FoldedNetwork(nn.Module):
         return self.graph(x)
 
 
-def _folded_graph(network: nn.Module) -> tuple[fx.GraphModule, dict[str, str], list[str]]:
-    """A traced copy with folded convolutions, {convolution: its batch norm}, and the other modules with weights."""
-    traced = fx.symbolic_trace(network)
+def _folded_graph(traced: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, str], list[str]]:
+    """A copy with folded convolutions, {convolution: its batch norm}, and the other modules with weights."""
     modules = dict(traced.named_modules())
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     folded: dict[str, str] = {}
@@ -56,6 +57,7 @@ def _folded_graph(network: nn.Module) -> tuple[fx.GraphModule, dict[str, str], l
                 and len(conv.users) == 1 and calls[conv.target] == 1):
             folded[conv.target] = node.target
             node.replace_all_uses_with(conv)
+            conv.meta |= node.meta
             traced.graph.erase_node(node)
     used = {name: _with_bias(modules[name]) if name in folded else copy.deepcopy(modules[name])
             for name in calls if name not in folded.values()}
