@@ -1,0 +1,266 @@
+"""Teachers for growth: trained networks, frozen, that give away their inner feature maps (SEArch, section 3.2).
+
+A teacher's maps v_1..v_m are the outputs of its residual blocks, after the ReLU; the stem is none of them. Any module that
+`torch.fx` traces becomes a teacher by naming the submodules whose outputs are its maps.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .fold import FoldedNetwork, graph_module
+from .profile import profile
+from .resnet import Bottleneck
+
+DEPTHS = (20, 32, 44, 56, 110)  # of CIFAR ResNets: 6 n + 2
+# What the public CIFAR-10 checkpoints were trained on: (x - mean) / std of images in [0, 1].
+PUBLIC_MEAN, PUBLIC_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Teacher(nn.Module):
+    """A frozen network with batch norm folded, its logits and its inner maps.
+
+    Args:
+        network: a trained module that `torch.fx` traces; it is copied.
+        names: submodules whose outputs are the maps v_1..v_m, in the order in which they are computed.
+        input_shape: (C, H, W) of its images.
+        name: what reports call it.
+        mean, std: per channel, where the network wants (x - mean) / std of what it is given here.
+
+    Attributes:
+        map_shapes: (channels, height, width) of v_1..v_m.
+        params, flops: of the network as it was, before folding; multiply-adds + 2 per batch-norm output element.
+
+    Raises:
+        ValueError: a name that is no submodule with one output map, maps that grow in size along the path, a network
+            that cannot be traced, or an input that does not fit.
+    """
+
+    def __init__(self, network: nn.Module, names: Sequence[str], input_shape: tuple[int, int, int], name: str,
+                 mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
+        super().__init__()
+        self.name, self.input_shape = name, tuple(input_shape)
+        size = profile(network, self.input_shape)
+        self.params, self.flops = size.params, size.growth_flops
+        self._folded = FoldedNetwork(copy.deepcopy(network).eval(), _map_tracer(network, names))
+        self._parts: dict[tuple[int, ...], fx.GraphModule] = {}
+        if mean is not None:
+            self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+            self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.standardises = mean is not None
+        self._check(names)
+        self.map_shapes = self._map_shapes(names)
+
+    def _check(self, names: Sequence[str]):
+        found = {node.meta["map"] for node in self._folded.graph.graph.nodes if "map" in node.meta}
+        missing = [name for q, name in enumerate(names, 1) if q not in found]
+        if missing or not names:
+            raise ValueError(f"teacher {self.name}: {missing[0] if missing else 'no names'}: expected names of submodules whose "
+                             "output is one feature map")
+
+    def _map_shapes(self, names: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
+        maps = self.maps(torch.zeros(1, *self.input_shape), range(1, len(names) + 1))
+        shapes = tuple(tuple(x.shape[1:]) for x in maps)
+        for name, shape, (before, after) in zip(names[1:], shapes[1:], zip(shapes, shapes[1:])):
+            if after[1] > before[1] or after[2] > before[2]:
+                raise ValueError(f"teacher {self.name}: the map of {name}, {shape[1]}x{shape[2]}, is larger than the one before it, "
+                                 f"{before[1]}x{before[2]}; expected maps that do not grow along the path")
+        return shapes
+
+    def maps(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+        """The maps v_q (N, C_q, H_q, W_q) for q in `wanted`, 1..m, in its order; nothing beyond the last is computed.
+
+        x: (N, C, H, W).
+        """
+        wanted = tuple(wanted)
+        if wanted not in self._parts:
+            self._parts[wanted] = self._part(wanted)
+        with torch.no_grad():
+            return list(self._parts[wanted](self._input(x)))
+
+    def _part(self, wanted: tuple[int, ...]) -> fx.GraphModule:
+        """A graph over the same modules that ends at the maps wanted."""
+        graph = copy.deepcopy(self._folded.graph.graph)
+        nodes = {node.meta["map"]: node for node in graph.nodes if "map" in node.meta}
+        for q in wanted:
+            if q not in nodes:
+                raise ValueError(f"teacher {self.name}: there is no map {q}; expected 1 to {len(nodes)}")
+        graph.erase_node(next(node for node in graph.nodes if node.op == "output"))
+        graph.output(tuple(nodes[q] for q in wanted))
+        for node in reversed(graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                graph.erase_node(node)
+        used = [node.target for node in graph.nodes if node.op == "call_module"]
+        return graph_module({target: self._folded.graph.get_submodule(target) for target in used}, graph)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes)."""
+        return self._folded(self._input(x))
+
+    def _input(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std if self.standardises else x
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)  # frozen
+
+
+def _map_tracer(network: nn.Module, names: Sequence[str]) -> fx.Tracer:
+    """A tracer that marks the outputs of the submodules `names` with their number, from 1, as `meta["map"]`."""
+    known = dict(network.named_modules())
+    for name in names:
+        if name not in known:
+            near = [other for other in known if other.startswith(name.split(".")[0])][1:6]
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            raise ValueError(f"teacher: {name!r} is no submodule of {type(network).__name__}{hint}")
+    numbers = {name: q for q, name in enumerate(names, 1)}
+
+    class MapTracer(fx.Tracer):
+        def call_module(self, module, forward, args, kwargs):
+            output = super().call_module(module, forward, args, kwargs)
+            q = numbers.get(self.path_of_module(module))
+            if q is not None and isinstance(output, fx.Proxy):
+                output.node.meta["map"] = q
+            return output
+
+    return MapTracer()
+
+
+# ---- networks
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth 6 n + 2 for 32x32 images (He et al. 2016, section 4.2) with shortcuts without parameters (option A).
+
+    Three stages of n basic blocks with 16, 32 and 64 channels; submodules are named as in the public checkpoints of
+    akamaster/pytorch_resnet_cifar10.
+    """
+
+    def __init__(self, depth: int, classes: int, in_channels: int = 3):
+        super().__init__()
+        if depth not in DEPTHS:
+            raise ValueError(f"teacher: depth is {depth}, expected one of {', '.join(map(str, DEPTHS))}")
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        blocks = (depth - 2) // 6
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(*(_BasicBlockA(*_block_sizes(channels, stage, position)) for position in range(blocks)))
+            for stage, channels in enumerate((16, 32, 64)))
+        self.linear = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def _block_sizes(channels: int, stage: int, position: int) -> tuple[int, int, int]:
+    """Channels in, channels out and stride of a block of a stage."""
+    first = stage > 0 and position == 0
+    return (channels // 2, channels, 2) if first else (channels, channels, 1)
+
+
+class _BasicBlockA(nn.Module):
+    """Two 3x3 convolutions; the shortcut takes every second pixel and pads channels with zeros."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.added = stride, (channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added, self.added))
+        return F.relu(y + x)
+
+
+class ImageNetResNet50(nn.Module):
+    """ResNet-50 for 224x224 images (He et al. 2016, table 1), its stride in the 3x3 convolution of a block."""
+
+    def __init__(self, classes: int = 1000, in_channels: int = 3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        width, stages = 64, []
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            channels, layers = 64 << stage, []
+            for position in range(blocks):
+                layers.append(Bottleneck(width, channels, 2 if stage > 0 and position == 0 else 1))
+                width = channels * Bottleneck.expansion
+            stages.append(nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.linear(x.mean((2, 3)))
+
+
+NETWORKS = {f"resnet{depth}": depth for depth in DEPTHS}
+
+
+def cifar_resnet(depth: int, classes: int, in_channels: int = 3) -> CifarResNet:
+    """An untrained CIFAR ResNet of depth 20, 32, 44, 56 or 110; drawn from PyTorch's global generator."""
+    return CifarResNet(depth, classes, in_channels)
+
+
+def block_names(network: nn.Module) -> list[str]:
+    """Names of the residual blocks of a network of this file, in order: its maps."""
+    return [f"{layer}.{position}" for layer, stage in network.named_children() if re.fullmatch(r"layer\d", layer)
+            for position in range(len(stage))]
+
+
+def teacher_of(network: nn.Module, names: Sequence[str] | None, input_shape: tuple[int, int, int], name: str,
+               mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Teacher:
+    """A `Teacher`; names: of the submodules whose outputs are its maps, None for the blocks of a network of this file."""
+    return Teacher(network, block_names(network) if names is None else names, input_shape, name, mean, std)
+
+
+def load_teacher(path: str | Path, classes: int, input_shape: tuple[int, int, int]) -> Teacher:
+    """A CIFAR ResNet from a public checkpoint: {"state_dict": ...}, keys with or without "module." in front.
+
+    Its images are expected in [0, 1]; it standardises them itself. Nothing in the file is executed.
+
+    Raises:
+        ValueError: a file that is no such checkpoint, or one for other classes or images.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"teacher {path}: cannot be read ({error.strerror}); give the path of a checkpoint") from None
+    except Exception as error:  # whatever a damaged archive or a forbidden pickle raises
+        raise ValueError(f"teacher {path}: is no checkpoint of tensors alone ({str(error).splitlines()[0][:200]})") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"teacher {path}: expected a state dict of a CIFAR ResNet")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    blocks = len({key.split(".")[1] for key in state if key.startswith("layer1.")})
+    depth = 6 * blocks + 2
+    if depth not in DEPTHS or "linear.weight" not in state or state["linear.weight"].dim() != 2:
+        raise ValueError(f"teacher {path}: holds no CIFAR ResNet of depth {', '.join(map(str, DEPTHS))} "
+                         f"(it has {blocks} blocks in its first stage)")
+    if len(state["linear.weight"]) != classes:
+        raise ValueError(f"teacher {path}: has {len(state['linear.weight'])} classes, the data set {classes}")
+    network = CifarResNet(depth, classes, input_shape[0])
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"teacher {path}: does not fit ResNet-{depth} on {input_shape} images "
+                         f"({str(error).splitlines()[1].strip()[:200]})") from None
+    coloured = input_shape[0] == len(PUBLIC_MEAN)
+    return teacher_of(network, None, input_shape, f"ResNet-{depth}", *((PUBLIC_MEAN, PUBLIC_STD) if coloured else ()))
