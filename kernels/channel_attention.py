@@ -1,6 +1,7 @@
 """Channel attention in Triton: one launch per call, a program per image and block of the student's channels."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from . import channel_attention_sweeps as sweeps
 from ._common import counter, dense, dot_dtype, jit, launch, rounded
 from ._common import why_not as why_not_tensors
 from ._tuned import blocks
-from .channel_attention_at_once import loss_at_once, moments
+from .channel_attention_at_once import at_once, moments
 
 MOST_TEACHER_CHANNELS = 1024  # where a program keeps whole rows of weights
 MOST_AT_ONCE = 1 << 14  # elements of a block of the student's map that a program keeps
@@ -30,7 +31,7 @@ def _scale(gradient_ptr, slope_ptr, scaled_ptr, count, tile: tl.constexpr):
         tl.store(scaled_ptr + at, rounded(value, scaled_ptr.dtype.element_ty), mask=at < count)
 
 
-def candidates(same: tuple[int, ...]) -> list[dict]:
+def sweep_candidates(same: tuple[int, ...]) -> list[dict]:
     """Block sizes to try for (C_s, C_t)."""
     default = _sweep_sizes(_padded(same[0]), _padded(same[1]), raw=True)
     return [
@@ -39,10 +40,10 @@ def candidates(same: tuple[int, ...]) -> list[dict]:
     ]
 
 
-def candidates_for_loss(same: tuple[int, ...]) -> list[dict]:
+def candidates(same: tuple[int, ...]) -> list[dict]:
     """Block sizes to try for (C_s, C_t, positions of a tile that holds them all)."""
     rows, columns, tile = _padded(same[0]), _padded(same[1]), same[2]
-    choices = candidates(same)[:3] if columns <= 128 or 16 * tile > MOST_AT_ONCE else []
+    choices = sweep_candidates(same)[:3] if columns <= 128 or 16 * tile > MOST_AT_ONCE else []
     most = MOST_AT_ONCE // tile
     block_columns = min(columns, 64, most)
     for block_rows in sorted({min(rows, limit, most) for limit in (16, 32, 64)}) if most >= 16 else []:
@@ -52,10 +53,10 @@ def candidates_for_loss(same: tuple[int, ...]) -> list[dict]:
 
 
 CANDIDATES = {
-    "channel_attention_statistics": candidates,
+    "channel_attention_statistics": sweep_candidates,
     "channel_attention": candidates,
     "channel_attention_backward": candidates,
-    "channel_attention_loss": candidates_for_loss,
+    "channel_attention_loss": candidates,
 }
 
 
@@ -73,7 +74,7 @@ def _sweep_sizes(rows: int, columns: int, raw: bool) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _loss_sizes(rows: int, columns: int, tile: int, raw: bool) -> dict[str, int]:
+def _sizes(rows: int, columns: int, tile: int, raw: bool) -> dict[str, int]:
     """Found by compiling: what needs no spills, in as few programs as there can be."""
     most = 8192 // tile
     if (columns <= 128 and not raw) or (tile > 256 and most < columns // 2 and columns <= MOST_TEACHER_CHANNELS):
@@ -93,16 +94,23 @@ def _loss_sizes(rows: int, columns: int, tile: int, raw: bool) -> dict[str, int]
     }  # fmt: skip
 
 
-def _choice(kernel: str, student: Tensor, teacher: Tensor, *others: Tensor) -> tuple[bool, tuple[int], dict]:
+class _Choice(NamedTuple):
     """Whether all positions are taken at once, grid, and the constants of a kernel in its order."""
+
+    at_once: int
+    grid: tuple[int]
+    constants: dict
+
+
+def _choice(kernel: str, student: Tensor, teacher: Tensor, *others: Tensor) -> _Choice:
     batch, rows, height, width = student.shape
     columns, positions = teacher.shape[1], height * width
     raw = all(x.dtype == torch.bfloat16 for x in (student, teacher, *others))
-    if kernel == "channel_attention_loss":
-        tile = _padded(positions)
-        same, default = (rows, columns, tile), _loss_sizes(_padded(rows), _padded(columns), tile, raw)
-    else:
+    if kernel == "channel_attention_statistics":
         same, default = (rows, columns), _sweep_sizes(_padded(rows), _padded(columns), raw)
+    else:
+        tile = _padded(positions)
+        same, default = (rows, columns, tile), _sizes(_padded(rows), _padded(columns), tile, raw)
     choice = blocks(kernel, teacher, same, positions, default)
     if choice["at_once"]:
         choice = {**choice, "tile": _padded(positions)}
@@ -111,7 +119,7 @@ def _choice(kernel: str, student: Tensor, teacher: Tensor, *others: Tensor) -> t
         "tile": choice["tile"], "raw": raw, "dot": dot_dtype(torch.bfloat16 if raw else torch.float32),
         "num_warps": choice["num_warps"], "num_stages": choice["num_stages"],
     }  # fmt: skip
-    return choice["at_once"], (batch * triton.cdiv(rows, choice["block_rows"]),), constants
+    return _Choice(choice["at_once"], (batch * triton.cdiv(rows, choice["block_rows"]),), constants)
 
 
 def why_not(function: str, *args) -> list[str]:
@@ -122,8 +130,8 @@ def why_not(function: str, *args) -> list[str]:
     if "teacher" in maps:
         student, teacher = maps.get("student", maps["teacher"]), maps["teacher"]
         channels = teacher.shape[1]
-        at_once = function == "channel_attention_loss" and 16 * _padded(teacher.shape[2:].numel()) <= MOST_AT_ONCE
-        if channels > MOST_TEACHER_CHANNELS and not at_once:
+        fits = function != "channel_attention_statistics" and 16 * _padded(teacher.shape[2:].numel()) <= MOST_AT_ONCE
+        if channels > MOST_TEACHER_CHANNELS and not fits:
             reasons.append(f"teacher has {channels} channels; the Triton kernels take {MOST_TEACHER_CHANNELS} at most")
         if student.dim() != 4 or teacher.dim() != 4 or student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
             reasons.append(f"teacher has shape {tuple(teacher.shape)} and student {tuple(student.shape)}")
@@ -145,8 +153,8 @@ def channel_attention_statistics(teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
     teacher = dense(teacher)
     mean = teacher.new_empty(batch, channels, dtype=torch.float32)
     std, gram = torch.empty_like(mean), mean.new_empty(batch, channels, channels)
-    _, grid, constants = _choice("channel_attention_statistics", teacher, teacher)
-    launch(sweeps.statistics, grid, teacher, mean, std, gram, height * width, **constants)
+    choice = _choice("channel_attention_statistics", teacher, teacher)
+    launch(sweeps.statistics, choice.grid, teacher, mean, std, gram, height * width, **choice.constants)
     return mean, std, gram
 
 
@@ -154,9 +162,13 @@ def channel_attention(student: Tensor, teacher: Tensor, standardize: bool) -> Te
     """As odn_fast.reference.channel_attention."""
     projected = torch.empty_like(student, memory_format=torch.channels_last)
     student, teacher = dense(student), dense(teacher)
-    _, grid, constants = _choice("channel_attention", student, teacher)
-    positions = student.shape[2] * student.shape[3]
-    launch(sweeps.projection, grid, student, teacher, projected, positions, **constants, standardize=standardize)
+    choice = _choice("channel_attention", student, teacher)
+    if choice.at_once:
+        _launch_at_once(choice, student, teacher, standardize, projected=projected)
+    else:
+        positions = student.shape[2] * student.shape[3]
+        constants = {**choice.constants, "standardize": standardize}
+        launch(sweeps.projection, choice.grid, student, teacher, projected, positions, **constants)
     return projected
 
 
@@ -164,9 +176,13 @@ def channel_attention_backward(grad: Tensor, student: Tensor, teacher: Tensor, s
     """As odn_fast.reference.channel_attention."""
     gradient = torch.empty_like(student, memory_format=torch.channels_last)
     grad, student, teacher = dense(grad), dense(student), dense(teacher)
-    _, grid, constants = _choice("channel_attention_backward", student, teacher, grad)
-    positions = student.shape[2] * student.shape[3]
-    launch(sweeps.projection_backward, grid, grad, student, teacher, gradient, positions, **constants, standardize=standardize)
+    choice = _choice("channel_attention_backward", student, teacher, grad)
+    if choice.at_once:
+        _launch_at_once(choice, student, teacher, standardize, grad=grad, gradient=gradient, slope=-1.0)
+    else:
+        positions = student.shape[2] * student.shape[3]
+        constants = {**choice.constants, "standardize": standardize}
+        launch(sweeps.projection_backward, choice.grid, grad, student, teacher, gradient, positions, **constants)
     return gradient
 
 
@@ -187,14 +203,31 @@ def channel_attention_loss(
         student, teacher = dense(student), dense(teacher)
         if mean is not None:
             mean, std = dense(mean), dense(std)
-        at_once, grid, constants = _choice("channel_attention_loss", student, teacher)
-        if at_once and mean is None and constants["block_columns"] < teacher.shape[1]:
-            mean, std = _moments(teacher, constants["tile"], constants["raw"])
-        launch(
-            loss_at_once if at_once else sweeps.loss, grid, student, teacher, mean, std, gradient, loss, loss.new_empty(grid[0]), counter(student),
-            student.shape[2] * student.shape[3], 2 / student.numel(), **constants, standardize=standardize,
-        )  # fmt: skip
+        choice = _choice("channel_attention_loss", student, teacher)
+        outputs = {"gradient": gradient, "loss": loss, "partial": loss.new_empty(choice.grid[0])}
+        if choice.at_once:
+            slope = 2 / student.numel()
+            _launch_at_once(choice, student, teacher, standardize, mean, std, **outputs, slope=slope)
+        else:
+            launch(
+                sweeps.loss, choice.grid, student, teacher, mean, std, *outputs.values(), counter(student),
+                student.shape[2] * student.shape[3], 2 / student.numel(), **choice.constants, standardize=standardize,
+            )  # fmt: skip
     return loss, student.new_empty(0) if gradient is None else gradient
+
+
+def _launch_at_once(
+    choice, student, teacher, standardize, mean=None, std=None,
+    grad=None, projected=None, gradient=None, loss=None, partial=None, slope=1.0,
+) -> None:  # fmt: skip
+    constants = choice.constants
+    if mean is None and constants["block_columns"] < constants["columns"]:
+        mean, std = _moments(teacher, constants["tile"], constants["raw"])
+    launch(
+        at_once, choice.grid, student, teacher, mean, std, grad, projected, gradient, loss, partial,
+        None if loss is None else counter(student), student.shape[2] * student.shape[3], slope,
+        **constants, standardize=standardize,
+    )  # fmt: skip
 
 
 def _moments(teacher: Tensor, tile: int, raw: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Channel attention's loss where all positions of an image fit one tile.
+"""Channel attention where all positions of an image fit one tile.
 
 A program holds a block of Q's channels; K's channels pass by, as keys do in flash attention, once to project and once
 for the gradient. Names as in channel_attention_sweeps.
@@ -120,12 +120,17 @@ def moments(
 
 
 @jit
-def loss_at_once(
-    q_ptr, k_ptr, mean_ptr, std_ptr, gradient_ptr, loss_ptr, partial_ptr, counter_ptr, positions, slope,
+def at_once(
+    q_ptr, k_ptr, mean_ptr, std_ptr, grad_ptr, projected_ptr, gradient_ptr, loss_ptr, partial_ptr, counter_ptr,
+    positions, slope,
     rows: tl.constexpr, columns: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
     tile: tl.constexpr, raw: tl.constexpr, dot: tl.constexpr, standardize: tl.constexpr,
 ):  # fmt: skip
-    """Of maps whose positions fit one tile: Q stays in registers and K's channels pass by, as in flash attention."""
+    """All that is taken of Q and K, as far as there are pointers to write it to.
+
+    projected_ptr: A K; loss_ptr: the loss, and to gradient_ptr slope times half its gradient; grad_ptr: what is to be
+    taken back through A K, to gradient_ptr, -slope times.
+    """
     image, row = image_and_rows(rows, block_rows)
     q_ptr += image * positions * rows
     k_ptr += image * positions * columns
@@ -163,28 +168,38 @@ def loss_at_once(
             )
     total = tl.sum(totals, 0)
     error = tl.sum(errors, 0) / total
-    # Q is loaded again, and so that the compiler does not keep it from the first time: registers are short.
-    q = tl.load(q_ptr + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
-    if raw:
-        shift = error - q_mean + tl.sum(projected, 0) / (positions * total)
-    else:
-        q -= q_mean[None, :]
-        shift = error
-    r = tl.where(inside, q + shift[None, :] - projected / total[None, :], 0.0)
-    squares = tl.sum(r * r)
+    at += image * positions * rows
+    q_ptr -= image * positions * rows
+    left = q_mean - error  # A k
+    shift = left - tl.sum(projected, 0) / (positions * total) if raw else tl.zeros_like(left)
+    if projected_ptr is not None:
+        value = projected / total[None, :] + (shift if raw else left)[None, :]
+        tl.store(projected_ptr + at, rounded(value, projected_ptr.dtype.element_ty), mask=inside)
+    if grad_ptr is not None:
+        r = tl.load(grad_ptr + at, mask=inside, other=0).to(tl.float32)
+        factor = tl.sum(r, 0)
+        through = tl.sum(r * (projected / total[None, :] + shift[None, :]), 0)
+    if loss_ptr is not None:
+        # Q is loaded again, and so that the compiler does not keep it from the first time: registers are short.
+        q = tl.load(q_ptr + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
+        if not raw:
+            q -= left[None, :]
+        r = tl.where(inside, q - shift[None, :] - projected / total[None, :], 0.0)
+        factor = positions * error
+        through = tl.sum(r * (q - r), 0)
+        squares = tl.sum(r * r)
 
     if gradient_ptr is not None:
         difference = r.to(dot)
-        # T is R K^T up to a constant per row, and the sum of A T that of R A K, where A K = Q - R.
+        # T is K^T R up to a constant per row, and the sum of A T that of R A K.
+        offset = -through
         if raw:
             factor = tl.zeros_like(error)
-            offset = -tl.sum(r * (q - r), 0)
         else:  # of K less its means, and of the means less those of Q plus e
-            factor = positions * error
-            offset = factor * (error - q_mean) - tl.sum(r * (q + error[None, :] - r), 0)
+            offset -= factor * left
         spreads = tl.zeros([block_columns, block_rows], tl.float32)
         shifts = tl.zeros([block_columns, block_rows], tl.float32)
-        gradient = -r
+        gradient = tl.zeros([tile, block_rows], tl.float32) if loss_ptr is None else -r
         if columns <= block_columns:
             spreads, shifts, gradient = _slope_through(
                 logits, k, k_mean, k_scale, difference, factor, offset, q_scale, largest, total, spreads, shifts,
@@ -203,14 +218,14 @@ def loss_at_once(
         gradient = -gradient
         if standardize:
             if raw:
-                gradient += (error - tl.sum(gradient, 0) / positions)[None, :]
+                gradient -= (tl.sum(gradient, 0) / positions)[None, :]
+                if loss_ptr is not None:
+                    gradient += error[None, :]
             q = tl.load(q_ptr + at, mask=inside, other=0, cache_modifier=".ca").to(tl.float32) - q_mean[None, :]
             spread = tl.sum(spreads, 0) / ((q_std + EPSILON) * q_std * positions)
             gradient += tl.where(q_std == 0, 0.0, spread)[None, :] * q
         elif not raw:
             gradient -= tl.sum(shifts, 0)[None, :]
-        tl.store(
-            gradient_ptr + image * positions * rows + at,
-            rounded(gradient * slope, gradient_ptr.dtype.element_ty), mask=inside,
-        )  # fmt: skip
-    mean_of_partials(squares, partial_ptr, loss_ptr, counter_ptr, slope)
+        tl.store(gradient_ptr + at, rounded(gradient * slope, gradient_ptr.dtype.element_ty), mask=inside)
+    if loss_ptr is not None:
+        mean_of_partials(squares, partial_ptr, loss_ptr, counter_ptr, slope)

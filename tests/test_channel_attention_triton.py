@@ -170,6 +170,6 @@ def test_says_why_not():
     rest = (None, None, None, True, True)
     assert kernels.why_not("channel_attention_loss", student, teacher, *rest) == []
     assert "torch.float64" in kernels.why_not("channel_attention_loss", student.double(), teacher, *rest)[0]
-    assert "1500 channels" in kernels.why_not("channel_attention", student, teacher.expand(1, 4, 2, 2).repeat(1, 375, 1, 1), True)[0]
+    assert "6000 channels" in kernels.why_not("channel_attention_statistics", teacher.repeat(1, 1500, 1, 1))[0]
     assert "shape" in kernels.why_not("channel_attention_backward", student, student, teacher[..., 1:], True)[0]
     assert reasons("channel_attention_statistics", teacher) == {"triton": [], "reference": []}
