@@ -5,11 +5,12 @@ A value left out is taken from the recipe of the data set (`RECIPES`); `resolve`
 """
 
 import contextlib
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -19,6 +20,17 @@ Count = Annotated[int, Field(ge=1)]
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line."""
+
+
+def parse_size(value: object) -> object:
+    """A number of parameters or FLOPs written as "0.4M", "85k" or "400_000"; other values as they are."""
+    written = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([kMG]?)", value.strip()) if isinstance(value, str) else None
+    if written is None:
+        return value
+    return round(float(written[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[written[2]])
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, lt=2**63)]
 
 
 class _Section(BaseModel):
@@ -74,6 +86,52 @@ class ExpandConfig(_Section):
     run: RunConfig = RunConfig()
 
 
+class TeacherConfig(_Section):
+    file: str | None = None
+    train: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] | None = None
+    epochs: Count | None = None
+    lr: Positive | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+
+
+class GrowthConfig(_Section):
+    budget: Size | None = None
+    budget_flops: Size | None = None
+    max_flops: Size | None = None
+    stage_epochs: Count = 10
+    retrain_epochs: Count | None = None
+    retrain_from: Literal["grown", "scratch"] = "grown"
+    score: Literal["s", "r", "relative", "random"] = "s"
+    c: Annotated[float, Field(ge=0, le=1)] = 0.5
+    skip: Literal["auto", "always"] = "auto"
+    standardize: bool = True
+    width: Positive = 1.0
+    augment: Literal["none", "stages", "retrain", "both"] = "none"
+    cache_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0
+    controls: list[Literal["labels", "logits", "scratch"]] = ["labels", "logits"]
+
+
+class GrowTrainingConfig(_Section):
+    batch_size: Annotated[int, Field(ge=2)] | None = None
+    lr: Positive = 0.025
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3e-4
+
+
+class GrowConfig(_Section):
+    """Everything that decides a growth. Without `teacher.file` and `teacher.train` the teacher was handed over in Python."""
+
+    kind: Literal["grow"] = "grow"
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig = DataConfig()
+    growth: GrowthConfig = GrowthConfig()
+    training: GrowTrainingConfig = GrowTrainingConfig()
+    run: RunConfig = RunConfig()
+
+
+Config = TypeVar("Config", ExpandConfig, GrowConfig)
+
 # Targets and learning rates of the paper's experiments and the authors' notebooks. Digits: one block solves the set
 # when trained to convergence, so its search asks for the smallest depth that gets there within eight epochs.
 _DEFAULT_RECIPE = {
@@ -94,8 +152,25 @@ RECIPES = {
 }
 
 
-def from_values(values: dict[str, Any], base: dict | None = None) -> ExpandConfig:
+_DEFAULT_GROW_RECIPE = {
+    "teacher.train": "resnet56",
+    "teacher.epochs": 200,
+    "teacher.lr": 0.1,
+    "growth.budget": 400_000,
+    "growth.retrain_epochs": 400,
+    "training.batch_size": 128,
+}
+# Digits: on one core the whole growth, controls included, takes about two minutes.
+GROW_RECIPES = {
+    "digits": {"teacher.train": "resnet20", "teacher.epochs": 30, "teacher.lr": 0.05, "growth.budget": 85_000,
+               "growth.retrain_epochs": 20, "training.batch_size": 64},
+}
+
+
+def from_values(values: dict[str, Any], base: dict | None = None, kind: type[Config] = ExpandConfig) -> Config:
     """A configuration from dotted values such as {"search.target_accuracy": 97}, laid over the nested dict `base`.
+
+    kind: `ExpandConfig` or `GrowConfig`.
 
     Raises:
         ConfigError: an unknown key or a value out of range, named with what is expected.
@@ -108,46 +183,71 @@ def from_values(values: dict[str, Any], base: dict | None = None) -> ExpandConfi
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{path}: {section!r} is not a section")
-        if path not in flat(ExpandConfig()):
-            raise _unknown(path)
+        if path not in flat(kind()):
+            raise _unknown(path, kind)
         place[leaf] = value
     try:
-        return ExpandConfig.model_validate(nested)
+        return kind.model_validate(nested)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise _unknown(path) from None
+            raise _unknown(path, kind) from None
         raise ConfigError(f"{path}: {first['msg'].lower()}, got {first['input']!r}") from None
 
 
-def _unknown(path: str) -> ConfigError:
-    return ConfigError(f"{path}: no such setting; settings are {', '.join(flat(ExpandConfig()))}")
+def _unknown(path: str, kind: type[BaseModel]) -> ConfigError:
+    return ConfigError(f"{path}: no such setting; settings are {', '.join(flat(kind()))}")
 
 
-def resolve(config: ExpandConfig) -> ExpandConfig:
+def resolve(config: Config) -> Config:
     """The same configuration with every value that depends on the data set filled in.
 
     Raises:
         ConfigError: settings that contradict each other.
     """
+    recipe = _grow_recipe(config) if isinstance(config, GrowConfig) else _expand_recipe(config)
     values = flat(config)
+    values |= {path: value for path, value in recipe.items() if values[path] is None}
+    return absolute_paths(from_values(values, kind=type(config)))
+
+
+def _expand_recipe(config: ExpandConfig) -> dict[str, Any]:
     recipe = _DEFAULT_RECIPE | RECIPES.get(config.data.dataset, {})
-    fixed = values["search.epochs_per_depth"] is not None
-    if fixed and values["search.epochs_cap"] is not None:
+    fixed = config.search.epochs_per_depth is not None
+    if fixed and config.search.epochs_cap is not None:
         raise ConfigError("search.epochs_cap: does not go with search.epochs_per_depth, which fixes the epochs")
     if fixed or "epochs_cap" in config.search.model_fields_set:  # given, perhaps as null: no cap
         recipe.pop("search.epochs_cap", None)
-    values |= {path: value for path, value in recipe.items() if values[path] is None}
-    return absolute_paths(from_values(values))
+    return recipe
 
 
-def absolute_paths(config: ExpandConfig) -> ExpandConfig:
+def _grow_recipe(config: GrowConfig) -> dict[str, Any]:
+    recipe = _DEFAULT_GROW_RECIPE | GROW_RECIPES.get(config.data.dataset, {})
+    growth, teacher = config.growth, config.teacher
+    if teacher.file is not None:
+        if teacher.train is not None:
+            raise ConfigError("teacher.train: does not go with teacher.file, a teacher that is trained already")
+        recipe.pop("teacher.train")
+    if growth.budget_flops is not None:
+        if growth.budget is not None:
+            raise ConfigError("growth.budget_flops: does not go with growth.budget; give one budget")
+        if growth.max_flops is not None:
+            raise ConfigError("growth.max_flops: does not go with growth.budget_flops, which bounds the FLOPs already")
+        recipe.pop("growth.budget")
+    if len(set(growth.controls)) < len(growth.controls):
+        raise ConfigError(f"growth.controls: names one twice: {', '.join(growth.controls)}")
+    return recipe
+
+
+def absolute_paths(config: Config) -> Config:
     """The same configuration with absolute paths: a run is resumed from any folder."""
     kind, colon, path = config.data.dataset.partition(":")
     dataset = f"{kind}:{Path(path).expanduser().resolve()}" if colon and path else config.data.dataset
-    data_dir = str(Path(config.data.data_dir).expanduser().resolve())
-    return from_values({"data.dataset": dataset, "data.data_dir": data_dir}, config.model_dump())
+    paths = {"data.dataset": dataset, "data.data_dir": str(Path(config.data.data_dir).expanduser().resolve())}
+    if isinstance(config, GrowConfig) and config.teacher.file is not None:
+        paths["teacher.file"] = str(Path(config.teacher.file).expanduser().resolve())
+    return from_values(paths, config.model_dump(), type(config))
 
 
 def flat(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -188,7 +288,7 @@ def parse_value(setting: str, text: str) -> Any:
     return value
 
 
-def to_yaml(config: ExpandConfig) -> str:
+def to_yaml(config: ExpandConfig | GrowConfig) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 

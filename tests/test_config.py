@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from odn_fast.config import ConfigError, ExpandConfig, flat, from_values, parse_value, read_yaml, resolve, to_yaml
+from odn_fast.config import (
+    ConfigError, ExpandConfig, GrowConfig, flat, from_values, parse_size, parse_value, read_yaml, resolve, to_yaml)
 
 
 def test_unknown_settings_are_refused_by_name():
@@ -80,3 +81,53 @@ def test_value_of_set_that_is_none():
 def test_a_whole_section_is_no_setting():
     with pytest.raises(ConfigError, match="search: no such setting; settings are model"):
         from_values({"search": {"target_accuracy": 90}})
+
+
+@pytest.mark.parametrize("text, size", [("0.4M", 400_000), ("63M", 63_000_000), ("85k", 85_000), ("400_000", 400_000), ("1.5G", 1_500_000_000),
+                                        (".5M", 500_000), (85_000, 85_000), ("many", "many"), ("0.4 m", "0.4 m"), ("1e3", "1e3")])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("path, value", [
+    ("growth.budget", "0"), ("growth.budget", "0.4 MB"), ("growth.budget_flops", -1), ("growth.score", "rank"), ("growth.c", 1.1),
+    ("growth.controls", ["label"]), ("growth.width", 0), ("growth.cache_gib", -1), ("teacher.train", "resnet18"), ("kind", "expand"),
+    ("training.batch_size", 1), ("growth.augment", True)])
+def test_values_of_growth_out_of_range_are_one_line(path, value):
+    with pytest.raises(ConfigError) as error:
+        from_values({path: value}, kind=GrowConfig)
+    assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_of_one_search_are_none_of_the_other():
+    with pytest.raises(ConfigError, match="search.target_accuracy: no such setting; settings are kind, teacher.file"):
+        from_values({"search.target_accuracy": 97}, kind=GrowConfig)
+    with pytest.raises(ConfigError, match="growth.budget: no such setting; settings are model, data.dataset"):
+        from_values({"growth.budget": 97})
+
+
+def test_recipes_of_growth():
+    digits = resolve(GrowConfig())
+    assert (digits.teacher.train, digits.teacher.epochs, digits.growth.budget, digits.training.batch_size) == ("resnet20", 30, 85_000, 64)
+    cifar = resolve(from_values({"data.dataset": "cifar10", "growth.budget_flops": "63M"}, kind=GrowConfig))
+    assert (cifar.teacher.train, cifar.growth.budget, cifar.growth.budget_flops) == ("resnet56", None, 63_000_000)
+    given = resolve(from_values({"teacher.file": "here.th"}, kind=GrowConfig))
+    assert given.teacher.train is None and given.teacher.file.startswith("/") and given.growth.max_flops is None
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"growth.budget": 1000, "growth.budget_flops": 1000}, "give one budget"),
+    ({"growth.budget_flops": 1000, "growth.max_flops": 1000}, "bounds the FLOPs already"),
+    ({"teacher.file": "x", "teacher.train": "resnet20"}, "does not go with teacher.file"),
+    ({"growth.controls": ["labels", "labels"]}, "names one twice")])
+def test_settings_of_growth_that_contradict_each_other(values, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve(from_values(values, kind=GrowConfig))
+
+
+def test_yaml_of_growth_there_and_back(tmp_path):
+    config = resolve(from_values({"growth.budget": "0.1M", "growth.controls": []}, kind=GrowConfig))
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert yaml.safe_load(path.read_text())["growth"]["budget"] == 100_000
+    assert from_values({}, read_yaml(path), GrowConfig) == config
