@@ -19,7 +19,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PA
 
 
 def test_there_are_sources():
-    assert [path.stem for path in SOURCES] == ["separable_conv_cuda"]
+    assert "separable_conv_cuda" in [path.stem for path in SOURCES]
 
 
 @pytest.mark.slow
