@@ -1,11 +1,27 @@
-"""The student graph: what it holds, what it costs, and that no sequence of splits breaks it."""
+"""The student: what its graph holds and costs, that no sequence of splits breaks it, and that growth keeps what was learnt."""
 
+import copy
 import json
 import random
 
 import pytest
+import torch
+from torch import nn
 
-from odn_fast.models import StudentGraph, count, deepen, initial_graph, widen
+from odn_fast import export
+from odn_fast.models import (
+    FoldedNetwork,
+    StudentGraph,
+    StudentNetwork,
+    count,
+    deepen,
+    extract,
+    grown,
+    initial_graph,
+    plain,
+    profile,
+    widen,
+)
 
 DIGITS = ((1, 8, 8), [(16, 8, 8)] * 3 + [(32, 4, 4)] * 3 + [(64, 2, 2)] * 3, 10)
 CIFAR = ((3, 32, 32), [(16, 32, 32)] * 9 + [(32, 16, 16)] * 9 + [(64, 8, 8)] * 9, 10)
@@ -118,3 +134,151 @@ def broken(change) -> dict:
 def test_a_broken_description_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         StudentGraph.from_dict(broken(change))
+
+
+def images(start, number: int = 4) -> torch.Tensor:
+    return torch.randn(number, *start[0], generator=torch.Generator().manual_seed(0))
+
+
+def trained(network: StudentNetwork, x: torch.Tensor) -> StudentNetwork:
+    """The network after a step, so that no parameter and no statistic has the value it began with."""
+    optimizer = torch.optim.SGD(network.train().parameters(), lr=0.05)
+    logits, maps = network(x)
+    (logits.square().mean() + sum(map_.mean() for map_ in maps.values())).backward()
+    optimizer.step()
+    return network
+
+
+SMALL = ((2, 8, 8), [(4, 8, 8), (4, 8, 8), (6, 4, 4), (6, 4, 4), (6, 4, 4), (8, 2, 2), (8, 2, 2)], 3)
+BUILT = pytest.mark.parametrize("start, splits", [(SMALL, 30), (ODD, 30)], ids=["small", "odd"])
+
+
+@BUILT
+def test_the_network_is_what_was_counted(start, splits):
+    draw = random.Random(1)
+    for skip in ("auto", "always", "auto", "always"):
+        graph = grown_graph(start, draw, draw.randint(0, splits), skip)
+        network = StudentNetwork(graph)
+        cost, built = count(graph), profile(plain(network), start[0])
+        assert cost.params == sum(parameter.numel() for parameter in network.parameters()) == built.params
+        assert cost.flops == built.growth_flops
+
+
+@BUILT
+@pytest.mark.parametrize("skip", ["auto", "always"])
+def test_every_node_has_the_size_of_its_teachers_map(start, splits, skip):
+    graph, x = grown_graph(start, random.Random(2), splits, skip), images(start)
+    logits, maps = StudentNetwork(graph)(x)
+    assert logits.shape == (4, start[2]) and list(maps) == [node.id for node in graph.supervised]
+    for node in graph.supervised:
+        assert maps[node.id].shape == (4, node.channels, node.height, node.width)
+        assert (node.height, node.width) == start[1][node.q - 1][1:]
+
+
+@BUILT
+@pytest.mark.parametrize("skip", ["auto", "always"])
+def test_what_is_extracted_is_plain_pytorch_and_computes_the_same(start, splits, skip):
+    network, x = trained(StudentNetwork(grown_graph(start, random.Random(3), 12, skip)), images(start)), images(start)
+    copied = extract(network)
+    assert list(copied.state_dict()) == list(plain(network).state_dict()) and set(copied.state_dict()) == set(network.state_dict())
+    assert all(type(module).__module__.startswith("torch.nn") for name, module in copied.named_modules() if name)
+    theirs = {tensor.data_ptr() for tensor in network.state_dict().values()}
+    assert not theirs & {tensor.data_ptr() for tensor in copied.state_dict().values()}
+    torch.testing.assert_close(copied(x), network(x)[0], rtol=1e-4, atol=1e-5)
+    for (name, ours), other in zip(network.state_dict().items(), [copied.state_dict()[name] for name in network.state_dict()]):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(copied.eval()(x), network.eval()(x)[0].detach(), rtol=1e-4, atol=1e-5)
+    again = export.graph_from_data(json.loads(json.dumps(export.graph_to_data(copied))), "network.json")
+    again.load_state_dict(copied.state_dict())
+    torch.testing.assert_close(again.eval()(x), copied(x), rtol=0, atol=0)
+
+
+def test_the_folded_network_follows_the_one_under_training():
+    network, x = StudentNetwork(grown_graph(SMALL, random.Random(4), 8)), images(SMALL)
+    folded = FoldedNetwork(plain(network))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    trained(network, x).eval()
+    torch.testing.assert_close(folded.refresh()(x), network(x)[0].detach(), rtol=1e-4, atol=1e-5)
+
+
+@BUILT
+@pytest.mark.parametrize("training", [True, False])
+def test_deepening_changes_nothing_at_first_and_reaches_the_new_units(start, splits, training):
+    draw, x = random.Random(5), images(start)
+    before = grown_graph(start, draw, 10)
+    network = trained(StudentNetwork(before), x)
+    edge = draw.choice(before.edges)
+    deeper = grown(network, deepen(before, edge.id, 3), seed=7)
+    assert deeper.training
+    (logits, maps), (new_logits, new_maps) = network.train(training)(x), deeper.train(training)(x)
+    torch.testing.assert_close(new_logits, logits, rtol=1e-5, atol=1e-6)
+    for node, values in maps.items():
+        torch.testing.assert_close(new_maps[node], values, rtol=1e-5, atol=1e-6)
+    deeper.train()(x)[0].square().sum().backward()
+    added = deeper.edges[str(edge.id)][edge.units:]
+    assert len(added) == 3 and all(unit.identity and not unit.second.bn.weight.any() for unit in added)
+    if before.node(edge.target).height > 1:  # elsewhere four images leave ReLUs few places to be alive
+        assert all(unit.second.bn.weight.grad.any() for unit in added)
+
+
+def test_growth_inherits_everything_by_name_and_shares_nothing():
+    graph, x = initial_graph(*SMALL), images(SMALL)
+    network = trained(StudentNetwork(graph), x)
+    larger = grown(network, deepen(widen(graph, 0, 3, SMALL[1][2]), 0, 2), seed=3)
+    old, new = network.state_dict(), larger.state_dict()
+    assert old.keys() < new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    assert not {tensor.data_ptr() for tensor in old.values()} & {tensor.data_ptr() for tensor in new.values()}
+    added = {".".join(name.split(".")[:3]) for name in new.keys() - old.keys()}
+    assert added == {"edges.0.1", "edges.0.2", "edges.1.0", "edges.2.0"}
+    assert all(larger.edges[edge][0].second.bn.weight.all() for edge in ("1", "2"))  # a new branch begins as any unit
+    assert any(parameter.grad is not None for parameter in network.parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in larger.parameters())
+
+
+def test_no_unit_begins_closed_without_an_identity():
+    network = StudentNetwork(initial_graph(*SMALL, skip="always"))
+    larger = grown(network, deepen(network.graph, 0, 3), seed=0)
+    assert all(unit.second.bn.weight.all() and not unit.identity for unit in larger.edges["0"])
+
+
+def test_new_weights_depend_on_seed_edge_and_position_alone():
+    graph = widen(initial_graph(*SMALL), 0, 3, SMALL[1][2])
+    state = torch.random.get_rng_state()
+    whole = StudentNetwork(deepen(graph, 1, 2), seed=5)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.manual_seed(99)
+    later = grown(StudentNetwork(graph, seed=1), deepen(graph, 1, 2), seed=5)
+    for position in (1, 2):
+        ours, theirs = whole.edges["1"][position].state_dict(), later.edges["1"][position].state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "second.bn.weight")
+    first, second = (whole.edges["1"][position].first.pointwise.weight for position in (1, 2))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, StudentNetwork(deepen(graph, 1, 2), seed=6).edges["1"][1].first.pointwise.weight)
+
+
+def test_growth_keeps_type_and_mode():
+    network = StudentNetwork(initial_graph(*SMALL)).double().eval()
+    larger = grown(network, deepen(network.graph, 0, 1), seed=0)
+    assert not larger.training and all(parameter.dtype == torch.float64 for parameter in larger.parameters())
+
+
+def test_only_what_splits_made_is_grown_into():
+    graph = deepen(initial_graph(*SMALL), 0, 2)
+    network = StudentNetwork(graph)
+    for other in (initial_graph(*SMALL), initial_graph(*SMALL, skip="always"), initial_graph(*SMALL, width=2), initial_graph(*DIGITS)):
+        with pytest.raises(ValueError, match="does not continue that of the network"):
+            grown(network, other, seed=0)
+
+
+def test_another_input_is_refused():
+    network = StudentNetwork(initial_graph(*SMALL))
+    for shape in ((4, 3, 8, 8), (4, 2, 9, 8), (2, 8, 8)):
+        with pytest.raises(ValueError, match=r"x: expected shape \(N, 2, 8, 8\), got"):
+            network(torch.zeros(shape))
+
+
+def test_a_copy_trains_on_its_own():
+    network, x = StudentNetwork(grown_graph(SMALL, random.Random(6), 5)), images(SMALL)
+    kept = copy.deepcopy(network.state_dict())
+    trained(copy.deepcopy(network), x)
+    assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())

@@ -5,6 +5,7 @@ from .fold import FoldedNetwork
 from .profile import Profile, profile
 from .resnet import BasicBlock, Bottleneck, resnet
 from .student_graph import Count, Edge, Node, StudentGraph, count, deepen, initial_graph, widen
+from .student_network import StudentNetwork, extract, grown, plain
 
 _RESNETS = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -15,8 +16,8 @@ _RESNETS = {
 NAMES = tuple(_RESNETS)
 
 __all__ = [
-    "Count", "DepthNetwork", "Edge", "FoldedNetwork", "NAMES", "Node", "Profile", "StudentGraph", "count", "create",
-    "deepen", "initial_graph", "profile", "widen",
+    "Count", "DepthNetwork", "Edge", "FoldedNetwork", "NAMES", "Node", "Profile", "StudentGraph",
+    "StudentNetwork", "count", "create", "deepen", "extract", "grown", "initial_graph", "plain", "profile", "widen",
 ]
 
 
