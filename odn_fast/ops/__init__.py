@@ -1,5 +1,6 @@
 """Fused operations. Each works without the compiled extension, on its PyTorch reference."""
 
+from odn_fast.ops._choose import reasons, using
 from odn_fast.ops.augment import augment, scale_and_shift
 from odn_fast.ops.batch_norm_act import batch_norm_act
 from odn_fast.ops.channel_attention import (
@@ -19,9 +20,11 @@ __all__ = [
     "channel_attention",
     "channel_attention_loss",
     "exit_heads",
+    "reasons",
     "scale_and_shift",
     "separable_conv_infer",
     "separable_conv_train",
     "separable_unit_train",
     "teacher_statistics",
+    "using",
 ]
