@@ -25,6 +25,12 @@ class StudentNetwork(nn.Module):
         seed: its weights are drawn from generators keyed by (seed, edge, position in the edge), so a unit starts
             alike whatever else the graph holds; PyTorch's global generator is left as it was.
 
+    Attributes:
+        graph: as given.
+        edges: the units of every edge, by its number as a string.
+        resized: by edge, the size to which its map is brought before the first unit; most edges need none.
+        classifier: `nn.Linear` on the final node's global average.
+
     A node with several incoming edges is their sum. State-dict keys are `edges.<edge>.<position>.*` and `classifier.*`.
     """
 
@@ -32,7 +38,7 @@ class StudentNetwork(nn.Module):
         super().__init__()
         self.graph = graph
         self.edges = nn.ModuleDict()
-        self.resized: dict[int, tuple[int, int]] = {}  # edge: the size its map is brought to before the first unit
+        self.resized: dict[int, tuple[int, int]] = {}
         for edge in graph.edges:
             units = nn.ModuleList()
             for position, shape in enumerate(unit_shapes(graph, edge)):
