@@ -65,9 +65,9 @@ def _padded(extent: int) -> int:
 
 
 def _sweep_sizes(rows: int, columns: int, raw: bool) -> dict[str, int]:
-    block_rows = max(16, min(rows, 4096 // columns))
+    block_rows = max(16, min(rows, (4096 if raw else 2048) // columns))
     widest = max(block_rows, columns)
-    tile = max(16, min(128, 4096 // widest)) if raw else 32
+    tile = max(16, min(128, 4096 // widest)) if raw else 32 if widest < 512 else 16
     return {
         "at_once": 0, "block_rows": block_rows, "block_columns": columns, "tile": tile,
         "num_warps": 8 if raw or widest > 16 else 4, "num_stages": 2 if raw else 1,

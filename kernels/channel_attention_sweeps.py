@@ -237,7 +237,7 @@ def projection_backward(
         shift = tl.sum(slopes * (k_pivot + k_mean)[None, :] - rounded_slopes * k_mean[None, :], 1)
     for first in range(0, positions, tile):
         position = first + tl.arange(0, tile)
-        operand_of_q, q, inside = read(q_ptr, position, row, positions, q_pivot, rows, raw, dot)
+        _, q, inside = read(q_ptr, position, row, positions, q_pivot, rows, raw, dot)
         k = read(k_ptr, position, column, positions, k_pivot, columns, raw, dot)[0]
         gradient = tl.dot(k, operand, input_precision="tf32x3") + shift[None, :] - spread[None, :] * (q - q_mean[None, :])
         at = image * positions * rows + position[:, None] * rows + row[None, :]
