@@ -1,12 +1,18 @@
 """Calls of every public op on CUDA tensors, as networks make them: maps of one dtype, parameters in float32."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+import test_batch_norm_act
+import test_separable_conv
+import test_separable_conv_infer
+import test_separable_unit
+from cases import typical_sum
 from odn_fast.ops import (
+    augment,
     batch_norm_act,
     channel_attention,
     channel_attention_loss,
@@ -18,28 +24,60 @@ from odn_fast.ops import (
 )
 
 
+DEVICE = "cuda"
+
+
 @dataclass
 class Case:
-    """function(*tensors) gives tensors. The first is differentiated with respect to tensors[i] for i in `leaves`."""
+    """function(*tensors) gives tensors. The first is differentiated with respect to tensors[i] for i in `leaves`.
+
+    plain: the same by PyTorch's own layers in the maps' dtype; relu=False leaves the last ReLU out. None for ops that
+    compute in float32 whatever the maps are, where the reference is just that.
+    """
 
     op: str  # the dispatcher op it ends in
     function: Callable[..., Sequence[Tensor]]
     tensors: list[Tensor]
     leaves: Sequence[int] = ()
+    plain: Callable[..., Sequence[Tensor]] | None = None
+    settings: tuple = ()  # what the dispatcher op takes after the tensors, where that depends on the case
 
-    def run(self, function: Callable | None = None, tensors: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Results and gradients."""
+    def run(
+        self, function: Callable | None = None, tensors: Sequence[Tensor] | None = None, grad: Tensor | None = None
+    ) -> list[Tensor]:
+        """Results, and gradients of the first times `grad`."""
         tensors = [t.detach().requires_grad_(i in self.leaves) for i, t in enumerate(tensors or self.tensors)]
         results = (function or self.function)(*tensors)
         gradients = []
         if self.leaves:
             leaves = [tensors[index] for index in self.leaves]
-            gradients = torch.autograd.grad(results[0], leaves, slope(results[0]), retain_graph=False)
+            grad = slope(results[0]) if grad is None else grad.to(results[0].dtype)
+            gradients = torch.autograd.grad(results[0], leaves, grad, retain_graph=False)
         return [result.detach() for result in results] + list(gradients)
 
     def in_float64(self) -> "Case":
         tensors = [t.double() if t.is_floating_point() else t for t in self.tensors]
-        return Case(self.op, self.function, tensors, self.leaves)
+        return replace(self, tensors=tensors)
+
+    def sizes(self, results: list[Tensor], grad: Tensor | None) -> list[float]:
+        """What rounding counts against in each of the float64 results and gradients: their norms.
+
+        But a mean is a sum that may cancel, as is a parameter's gradient behind batch norm: there, the norm of
+        deviations, and of typical partial sums.
+        """
+        sizes = [result.double().norm().item() for result in results]
+        y, *statistics = results[: len(results) - len(self.leaves)]
+        means = len(statistics) // 2
+        if means and self.plain:
+            variances = statistics[means:]
+            for index, variance in enumerate(variances, 1):
+                sizes[index] = max(sizes[index], variance.sqrt().norm().item())
+            summand = typical_sum(grad, torch.cat(variances))
+            for index, leaf in enumerate(self.leaves, len(results) - len(self.leaves)):
+                tensor = self.tensors[leaf]
+                if leaf > 0 and tensor.shape != y.shape:  # neither x nor a residual
+                    sizes[index] = max(sizes[index], summand * tensor.numel() ** 0.5)
+        return sizes
 
 
 def slope(x: Tensor) -> Tensor:
@@ -49,15 +87,15 @@ def slope(x: Tensor) -> Tensor:
 
 
 def _map(dtype, *shape):
-    return torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    return torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _separable(c_in, c_out):
-    return [torch.randn(c_in, 1, 3, 3, device="cuda") / 3, torch.randn(c_out, c_in, 1, 1, device="cuda") / c_in**0.5, *_norm(c_out)]
+    return [torch.randn(c_in, 1, 3, 3, device=DEVICE) / 3, torch.randn(c_out, c_in, 1, 1, device=DEVICE) / c_in**0.5, *_norm(c_out)]
 
 
 def _norm(c):
-    return [0.5 + torch.rand(c, device="cuda"), torch.randn(c, device="cuda") / 2]
+    return [0.5 + torch.rand(c, device=DEVICE), torch.randn(c, device=DEVICE) / 2]
 
 
 def separable_conv(dtype, n, c_in, c_out, size, stride=1):
@@ -67,6 +105,7 @@ def separable_conv(dtype, n, c_in, c_out, size, stride=1):
         lambda *tensors: separable_conv_train(*tensors, stride=stride),
         [_map(dtype, n, c_in, size, size), *_separable(c_in, c_out), residual],
         range(6),
+        lambda *tensors, **settings: test_separable_conv.plain(*tensors, stride=stride, **settings),
     )
 
 
@@ -75,22 +114,26 @@ def separable_infer(dtype, n, c_in, c_out, size, stride=1):
     return Case(
         "separable_conv_infer",
         lambda *tensors: [separable_conv_infer(*tensors, stride=stride, act_dw="relu6")],
-        [_map(dtype, n, c_in, size, size), dw, torch.randn(c_in, device="cuda"), pw, pw_bias],
+        [_map(dtype, n, c_in, size, size), dw, torch.randn(c_in, device=DEVICE), pw, pw_bias],
+        plain=lambda *tensors: [test_separable_conv_infer.plain(*tensors, stride=stride, act_dw="relu6")],
     )
 
 
 def unit(dtype, n, c_in, c_out, size, stride=1):
     identity = c_in == c_out and stride == 1
 
-    def function(x, *parameters):
-        y, means, variances = separable_unit_train(
-            x, parameters[:4], parameters[4:8], parameters[8:], identity=identity, stride=stride
-        )
-        return [y, *means, *variances]
+    def by(op):
+        def function(*tensors, **settings):
+            y, means, variances = op(*test_separable_unit.grouped(tensors), identity=identity, stride=stride, **settings)
+            return [y, *means, *variances]
 
-    tensors = [_map(dtype, n, c_in, size, size), *_separable(c_in, c_out), *_separable(c_out, c_out)]
-    tensors += [] if identity else _separable(c_in, c_out)[1:]
-    return Case("separable_unit_train", function, tensors, range(len(tensors)))
+        return function
+
+    x, first = _map(dtype, n, c_in, size, size), _separable(c_in, c_out)
+    first[3] = test_separable_unit.zeros_in_gaps(x, first, min(stride, 2)).float()
+    tensors = [x, *first, *_separable(c_out, c_out), *([] if identity else _separable(c_in, c_out)[1:])]
+    plain = by(test_separable_unit.plain)
+    return Case("separable_unit_train", by(separable_unit_train), tensors, range(len(tensors)), plain)
 
 
 def attention(dtype, n, c_student, c_teacher, size):
@@ -115,21 +158,30 @@ def attention_loss_cached(dtype, n, c_student, c_teacher, size):
 def batch_norm(dtype, n, c, size, residual=True):
     maps = [_map(dtype, n, c, size, size) for _ in range(2 if residual else 1)]
     tensors = [maps[0], *_norm(c), *maps[1:]]
-    return Case("batch_norm_act_train", batch_norm_act, tensors, range(len(tensors)))
+    return Case("batch_norm_act_train", batch_norm_act, tensors, range(len(tensors)), test_batch_norm_act.plain)
+
+
+def augmented(dtype, n, c, size):
+    """Cropped and flipped images of a set of 2 n."""
+    images = torch.randint(256, (2 * n, c, size, size), dtype=torch.uint8, device=DEVICE)
+    scale, shift = torch.rand(c, device=DEVICE) / 64, torch.randn(c, device=DEVICE)
+    tensors = [images, torch.randint(2 * n, (n,), device=DEVICE), scale, shift, torch.tensor([7, 3], device=DEVICE)]
+    settings = 4, True, dtype
+    return Case("augment", lambda *tensors: [augment(*tensors, *settings)], tensors, settings=settings)
 
 
 def heads(dtype, n, *maps):
     """maps: (channels, size) of every depth."""
     features = [_map(dtype, n, c, size, size).relu_() for c, size in maps]
-    weights = [torch.randn(10, c, device="cuda") / c**0.5 for c, _ in maps]
-    biases = [torch.randn(10, device="cuda") for _ in maps]
+    weights = [torch.randn(10, c, device=DEVICE) / c**0.5 for c, _ in maps]
+    biases = [torch.randn(10, device=DEVICE) for _ in maps]
     depths = len(maps)
 
     def function(*tensors):
         lists = [list(tensors[start : start + depths]) for start in range(0, 3 * depths, depths)]
         return exit_heads(*lists, tensors[-1])
 
-    tensors = [*features, *weights, *biases, torch.randint(10, (n,), device="cuda")]
+    tensors = [*features, *weights, *biases, torch.randint(10, (n,), device=DEVICE)]
     return Case("exit_heads", function, tensors, range(3 * depths))
 
 
@@ -146,6 +198,7 @@ CASES = {
     "batch_norm": lambda dtype: batch_norm(dtype, 64, 64, 16),
     "batch_norm_alone": lambda dtype: batch_norm(dtype, 64, 96, 7, residual=False),
     "exit_heads": lambda dtype: heads(dtype, 64, (64, 16), (128, 8), (256, 4)),
+    "augment": lambda dtype: augmented(dtype, 64, 3, 32),
 }
 
 TYPICAL = {
