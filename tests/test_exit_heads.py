@@ -132,7 +132,10 @@ def test_one_depth_at_a_time_equals_all_at_once(implementation):
     late = exit_heads([second(one).relu()], weights[1:], biases[1:], target)
     one_at_a_time = torch.cat([early[0], late[0]])
 
-    assert torch.equal(at_once[0], one_at_a_time)
+    if implementation in GPU:  # how sums are split there depends on the number of depths
+        torch.testing.assert_close(at_once[0], one_at_a_time)
+    else:
+        assert torch.equal(at_once[0], one_at_a_time)
     assert torch.equal(at_once[1], torch.cat([early[1], late[1]]))
     for a, b in zip(
         torch.autograd.grad(at_once[0].sum(), leaves), torch.autograd.grad(one_at_a_time.sum(), leaves), strict=True
