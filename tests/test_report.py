@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from synthetic_run import Page, Synthetic, digits, missed, sizes
 
-from odn_fast._report_page import compared, listed, milliseconds, percent, reduction
-from odn_fast._report_plots import confusion_plot, learning_curves, size_plot, wilson
 from odn_fast.record import RunError
-from odn_fast.report import headline, main, notes, read_run, write_report
+from odn_fast.report import read_run, write_report
+from odn_fast.report.__main__ import main
+from odn_fast.report.expand import headline, notes
+from odn_fast.report.expand_plots import learning_curves, size_plot
+from odn_fast.report.page import compared, listed, milliseconds, percent, reduction
+from odn_fast.report.plots import confusion_plot, wilson
 
 ROOT = Path(__file__).parents[1]
 NAN = float("nan")
@@ -366,7 +369,8 @@ def test_damaged_files_give_one_clear_line(tmp_path):
         with pytest.raises(RunError, match=message):
             write_report(run)
     (run / "events.jsonl").write_text(events)
-    for text, message in [("a: [", "is not YAML"), ("just text", "has no search.target_acc"), ("search: 3", "has no search")]:
+    for text, message in [("a: [", "is not YAML"), ("just text", "has no search.target_acc"), ("search: 3", "has no search"),
+                          ("kind: [x]", "is of kind")]:
         (run / "config.yaml").write_text(text)
         with pytest.raises(RunError, match=message):
             write_report(run)

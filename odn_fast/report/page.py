@@ -1,4 +1,4 @@
-"""The page of the report: template, tables and number formats. Whatever comes from a file is escaped here."""
+"""The page of a report: template, tables and number formats. Whatever comes from a file is escaped here."""
 
 import html
 import math
@@ -95,6 +95,11 @@ def figures(cards: Iterable[tuple[str, str, str]]) -> str:
     shown = [f"<div class='figure'><h2>{escaped(title)}</h2><p class='value'>{_glued(value)}</p><p>{_glued(words)}</p></div>"
              for title, value, words in cards]
     return f"<div class='figures'>{''.join(shown)}</div>"
+
+
+def resume_lead(folder: str) -> str:
+    """What stands in place of the large figures while a run is unfinished."""
+    return f"<p>Go on with <code>python -m odn_fast.search --resume {escaped(folder)}</code>.</p>"
 
 
 def plot(svg: str, caption: str) -> str:
