@@ -1,0 +1,553 @@
+// Backward of the separable convolution on CUDA devices: what a block does with its tiles, from the gradient of the
+// layer's result to that of x and to its share of those of dw and pw.
+//
+// A block of eight warps walks over tiles, for a chunk of 16, 32 or 64 input channels, with barriers between three
+// phases, all in shared memory:
+//   1. the regions that the tile needs: x as it is, or normalised, and dz = a * g + b * z + c, rounded to bfloat16;
+//   2. dd = dz . pw on tensor cores, in the whole region, and the depthwise output d of the tile's own pixels;
+//   3. the transposed stencil of dd, which is the gradient of x, dd times x for that of dw, and on tensor cores dz^T . d
+//      for that of pw. Both are summed in registers over all tiles of the block.
+// A tile is made of units: squares of 2x2 pixels of x, with 2x2 outputs at stride 1 and with one output at stride 2.
+#pragma once
+
+#include "separable_conv_cuda_sums.cuh"
+
+namespace odn_fast::separable_conv_cuda {
+namespace {
+
+struct BackwardTiling {
+  int images, unit_rows, unit_columns;  // of a tile
+  int units;                            // those that fill up the last pixels of an operand included
+  int x_height, x_width, z_height, z_width;  // regions
+  int x_pixels, z_pixels;  // of all images; z's are a multiple of 16, with a pixel of zeros after the last
+  int tiles_y, tiles_x, tiles;
+  int chunk;  // input channels of a block
+  int shared_bytes;
+  unsigned by_x_width, by_x_height, by_z_width, by_z_height, by_unit_columns, by_unit_rows;
+};
+
+struct BackwardArguments {
+  ConvolutionBackward pass;
+  BackwardTiling tiling;
+};
+
+struct Unit {
+  int x_pixel, z_pixel;  // of the regions, at its first row and column
+  short image, y, x;     // in the tile; y and x in units
+};
+
+// Four 8x8 matrices of operands of the tensor cores, or their transposes: `row` are the 16 bytes of this lane's row.
+__device__ void load_matrices(uint32_t (&v)[4], const unsigned char* row) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+
+__device__ void load_transposed(uint32_t (&v)[4], const unsigned char* row) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+
+// 0, which the compiler does not know. What is computed from it in a loop stays there.
+__device__ int nothing() {
+  int v;
+  asm volatile("mov.s32 %0, 0;\n" : "=r"(v));
+  return v;
+}
+
+// Everything in shared memory, in this order, and how it is laid out. Each phase computes it anew: registers are short.
+template <int STRIDE, int STEPS>
+struct Layout {
+  static constexpr int chunk = STEPS * step_channels, unit_outputs = STRIDE == 1 ? 4 : 1;
+  static constexpr int x_bytes = chunk * 2 + padding_bytes;  // of a pixel of x, d and dd, and of a row of pw
+
+  int z_bytes;  // of a pixel of dz
+  unsigned char *dz, *dd, *x, *d, *pw;
+  float *dw, *coefficients, *in;  // (9, chunk), (5, out_channels): a, b, c, scale, shift; (3, chunk): scale, shift, mean
+  Unit* units;
+  int* own;  // for each of the tile's outputs, in the order of d, where its dz lies
+
+  __device__ Layout(unsigned char* shared, const BackwardTiling& tiling, int out_channels) {
+    shared += nothing();
+    z_bytes = out_channels * 2 + padding_bytes;
+    dz = shared;
+    dd = dz + tiling.z_pixels * z_bytes;
+    x = dd + tiling.z_pixels * x_bytes;
+    d = x + tiling.x_pixels * x_bytes;
+    pw = d + tiling.units * unit_outputs * x_bytes;
+    dw = reinterpret_cast<float*>(pw + out_channels * x_bytes);
+    coefficients = dw + 9 * chunk;
+    in = coefficients + 5 * out_channels;
+    units = reinterpret_cast<Unit*>(in + 3 * chunk);
+    own = reinterpret_cast<int*>(units + tiling.units);
+  }
+};
+
+// The place of output `output` (of four, or the only one) of a unit among the operand's rows: eight lanes for each of
+// four units then store to all banks.
+template <int STRIDE>
+__device__ int own_row(int unit, int output) {
+  return STRIDE == 1 ? unit / 4 * 16 + output / 2 * 8 + unit % 4 * 2 + output % 2 : unit;
+}
+
+// What stays in shared memory for all tiles.
+template <int STRIDE, int STEPS>
+__device__ void prepare(const BackwardArguments& p, const Layout<STRIDE, STEPS>& at, int first_channel) {
+  using L = Layout<STRIDE, STEPS>;
+  const ConvolutionBackward& pass = p.pass;
+  const Convolution& c = pass.convolution;
+  const BackwardTiling& tiling = p.tiling;
+  with_values(c.pw, [&](const auto* pw) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < c.out_channels * (L::chunk / 4); i += threads) {
+      const int row = i / (L::chunk / 4), column = i % (L::chunk / 4) * 4;
+      *reinterpret_cast<uint2*>(at.pw + row * L::x_bytes + column * 2) = four(pw + row * c.in_channels + first_channel + column);
+    }
+  });
+  with_values(c.dw, [&](const auto* dw) {
+    for (int i = threadIdx.x; i < 9 * L::chunk; i += threads) {
+      const int tap = i / L::chunk, channel = first_channel + i % L::chunk;
+      at.dw[i] = as_float(dw[channel * c.dw_channel_stride + tap * c.dw_tap_stride]);
+    }
+  });
+  for (int i = threadIdx.x; i < c.out_channels; i += threads) {
+    const float2 masks = pass.masks ? affine(pass.norm, pass.eps, i) : float2{0, 1};
+    for (int k = 0; k < 3; k++) at.coefficients[k * c.out_channels + i] = pass.coefficients[k * c.out_channels + i];
+    at.coefficients[3 * c.out_channels + i] = masks.x;
+    at.coefficients[4 * c.out_channels + i] = masks.y;
+  }
+  if (pass.in_norm.mean && threadIdx.x < L::chunk) {
+    const float2 in = affine(pass.in_norm, pass.eps, first_channel + threadIdx.x);
+    at.in[threadIdx.x] = in.x;
+    at.in[L::chunk + threadIdx.x] = in.y;
+    at.in[2 * L::chunk + threadIdx.x] = pass.in_norm.mean[first_channel + threadIdx.x];
+  }
+  const int z_real = tiling.images * tiling.z_height * tiling.z_width;
+  for (int i = threadIdx.x; i < (tiling.z_pixels - z_real) * at.z_bytes / 16; i += threads) {
+    reinterpret_cast<uint4*>(at.dz + z_real * at.z_bytes)[i] = {0, 0, 0, 0};
+  }
+  for (int i = threadIdx.x; i < tiling.units; i += threads) {
+    const int rest = divided(i, tiling.by_unit_columns), column = i - rest * tiling.unit_columns;
+    const int image = divided(rest, tiling.by_unit_rows), row = rest - image * tiling.unit_rows;
+    const bool there = image < tiling.images;  // else it is computed from the first one's region, and dropped
+    constexpr int step = STRIDE == 1 ? 2 : 1;  // pixels of z from one unit to the next
+    Unit unit{};
+    unit.image = static_cast<short>(there ? image : 0x7000);
+    if (there) {
+      unit.x_pixel = (image * tiling.x_height + 2 * row) * tiling.x_width + 2 * column;
+      unit.z_pixel = (image * tiling.z_height + step * row) * tiling.z_width + step * column;
+      unit.y = static_cast<short>(row), unit.x = static_cast<short>(column);
+    }
+    at.units[i] = unit;
+    for (int output = 0; output < L::unit_outputs; output++) {
+      constexpr int halo = STRIDE == 1 ? 1 : 0;
+      const int pixel = unit.z_pixel + (halo + output / 2) * tiling.z_width + halo + output % 2;
+      at.own[own_row<STRIDE>(i, output)] = (there ? pixel : z_real) * at.z_bytes;
+    }
+  }
+}
+
+struct TilePlace {
+  int image, y, x;  // the first image, and row and column of the first unit
+};
+
+__device__ TilePlace place_of(const BackwardTiling& tiling, int tile) {
+  const int column = tile % tiling.tiles_x, rest = tile / tiling.tiles_x;
+  return {rest / tiling.tiles_y * tiling.images, rest % tiling.tiles_y * tiling.unit_rows, column * tiling.unit_columns};
+}
+
+// Where a pixel of a region lies in its map, as an index of pixels, -1 outside.
+__device__ int located(int pixel, int width, unsigned by_width, int height, unsigned by_height, int image, int top, int left,
+                       int batch, int map_height, int map_width) {
+  const int row = divided(pixel, by_width), rest = divided(row, by_height);
+  const int x = left + pixel - row * width, y = top + row - rest * height;
+  image += rest;
+  const bool there = image < batch && x >= 0 && x < map_width && y >= 0 && y < map_height;
+  return there ? (image * map_height + y) * map_width + x : -1;
+}
+
+// Calls work(where in the region, index of the pixel or -1) for this thread's 16 bytes of some pixels of x.
+template <int STRIDE, int STEPS, typename Work>
+__device__ void for_x(const BackwardArguments& p, const Layout<STRIDE, STEPS>& at, const TilePlace& tile, Work&& work) {
+  constexpr int parts = STEPS * 2;
+  const Convolution& c = p.pass.convolution;
+  const BackwardTiling& t = p.tiling;
+  for (int pixel = threadIdx.x / parts; pixel < t.x_pixels; pixel += threads / parts) {
+    const int index = located(pixel, t.x_width, t.by_x_width, t.x_height, t.by_x_height, tile.image, 2 * tile.y - 1,
+                              2 * tile.x - 1, c.batch, c.height, c.width);
+    work(at.x + pixel * Layout<STRIDE, STEPS>::x_bytes + threadIdx.x % parts * 16, index);
+  }
+}
+
+template <int STRIDE, int STEPS>
+__device__ void load_x(const BackwardArguments& p, const Layout<STRIDE, STEPS>& at, const TilePlace& tile, int first_channel) {
+  const Convolution& c = p.pass.convolution;
+  const __nv_bfloat16* x = static_cast<const __nv_bfloat16*>(c.x) + first_channel + threadIdx.x % (STEPS * 2) * 8;
+  for_x<STRIDE, STEPS>(p, at, tile, [&](unsigned char* target, int index) {
+    copy_async(target, x + max(index, 0) * c.in_channels, index >= 0);
+  });
+  close_group();
+}
+
+// In place, by the thread that copied; what lies outside of the map stays zero.
+template <int STRIDE, int STEPS>
+__device__ void normalise_x(const BackwardArguments& p, const Layout<STRIDE, STEPS>& at, const TilePlace& tile) {
+  const float* scale = at.in + threadIdx.x % (STEPS * 2) * 8;
+  const float* shift = scale + STEPS * step_channels;
+  for_x<STRIDE, STEPS>(p, at, tile, [&](unsigned char* target, int index) {
+    if (index < 0) return;
+    uint4 values = *reinterpret_cast<uint4*>(target);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(&values);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      pairs[i] = pack(relu(low(pairs[i]) * scale[2 * i] + shift[2 * i]), relu(high(pairs[i]) * scale[2 * i + 1] + shift[2 * i + 1]));
+    }
+    *reinterpret_cast<uint4*>(target) = values;
+  });
+}
+
+template <int STRIDE, int STEPS>
+__device__ void load_dz(const BackwardArguments& p, const Layout<STRIDE, STEPS>& at, const TilePlace& tile) {
+  constexpr int batch = STEPS == 1 ? 4 : STEPS == 2 ? 3 : 2;  // pixels at once; more would spill
+  constexpr int halo = STRIDE == 1 ? 1 : 0, step = STRIDE == 1 ? 2 : 1;
+  const Convolution& c = p.pass.convolution;
+  const BackwardTiling& t = p.tiling;
+  const int parts = c.out_channels / 8, active = threads - threads % parts;
+  if (threadIdx.x >= active) return;
+  const int part = threadIdx.x % parts, stride = active / parts, pixels = t.images * t.z_height * t.z_width;
+  const uint4* grad = static_cast<const uint4*>(p.pass.grad) + part;
+  const uint4* z = static_cast<const uint4*>(p.pass.z) + part;
+#pragma unroll 1
+  for (int first = threadIdx.x / parts; first < pixels; first += batch * stride) {
+    uint4 grads[batch], zs[batch];
+    unsigned there = 0;
+#pragma unroll
+    for (int k = 0; k < batch; k++) {
+      const int index = located(min(first + k * stride, pixels - 1), t.z_width, t.by_z_width, t.z_height, t.by_z_height, tile.image,
+                                step * tile.y - halo, step * tile.x - halo, c.batch, c.out_height, c.out_width);
+      there |= (index >= 0) << k;
+      grads[k] = index >= 0 ? __ldg(grad + index * parts) : uint4{};
+      zs[k] = index >= 0 ? __ldg(z + index * parts) : uint4{};
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // two channels
+      float2 of[5];
+#pragma unroll
+      for (int k = 0; k < 5; k++) of[k] = reinterpret_cast<const float2*>(at.coefficients + k * c.out_channels + part * 8)[i];
+#pragma unroll
+      for (int k = 0; k < batch; k++) {
+        uint32_t& g = reinterpret_cast<uint32_t*>(&grads[k])[i];
+        const uint32_t v = reinterpret_cast<const uint32_t*>(&zs[k])[i];
+        const float g0 = low(v) * of[3].x + of[4].x <= 0 ? 0 : low(g), g1 = high(v) * of[3].y + of[4].y <= 0 ? 0 : high(g);
+        g = there >> k & 1 ? pack(of[0].x * g0 + (of[1].x * low(v) + of[2].x), of[0].y * g1 + (of[1].y * high(v) + of[2].y)) : 0;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < batch; k++) {
+      const int pixel = first + k * stride;
+      if (pixel < pixels) *reinterpret_cast<uint4*>(at.dz + pixel * at.z_bytes + part * 16) = grads[k];
+    }
+  }
+}
+
+// ---- phase 2
+
+// dd = dz . pw, 16 pixels of the region at a time.
+template <int STRIDE, int STEPS>
+__device__ void multiply_dz(const Layout<STRIDE, STEPS>& at, int z_pixels, int out_channels) {
+  constexpr int x_bytes = Layout<STRIDE, STEPS>::x_bytes;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 1
+  for (int tile = warp; tile < z_pixels / 16; tile += warps) {
+    float sums[2 * STEPS][4] = {};
+    const unsigned char* a = at.dz + (tile * 16 + lane % 16) * at.z_bytes + lane / 16 * 16;
+    const unsigned char* b = at.pw + lane % 16 * x_bytes + lane / 16 * 16;
+#pragma unroll 1
+    for (int k = 0; k < out_channels / 16; k++, a += 32, b += 16 * x_bytes) {
+      uint32_t rows[4];
+      load_matrices(rows, a);
+      const uint4 operand{rows[0], rows[1], rows[2], rows[3]};
+#pragma unroll
+      for (int step = 0; step < STEPS; step++) {
+        uint32_t columns[4];
+        load_transposed(columns, b + step * 32);
+        multiply(sums[2 * step], operand, columns[0], columns[1]);
+        multiply(sums[2 * step + 1], operand, columns[2], columns[3]);
+      }
+    }
+    unsigned char* target = at.dd + (tile * 16 + g) * x_bytes + t * 4;
+#pragma unroll
+    for (int n = 0; n < 2 * STEPS; n++) {
+      *reinterpret_cast<uint32_t*>(target + n * 16) = pack(sums[n][0], sums[n][1]);
+      *reinterpret_cast<uint32_t*>(target + 8 * x_bytes + n * 16) = pack(sums[n][2], sums[n][3]);
+    }
+  }
+}
+
+// A lane's share of the stencils: two channels of one in four units.
+template <int STEPS>
+struct Share {
+  int channel, unit, first_group;  // channel: of the chunk
+
+  __device__ Share() {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    channel = warp % STEPS * step_channels + lane % 8 * 2, unit = lane / 8, first_group = warp / STEPS;
+  }
+};
+
+__device__ float2 pair_at(const unsigned char* source) {
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(source);
+  return {low(pair), high(pair)};
+}
+
+template <int STEPS>
+__device__ void read_taps(const float* dw, int channel, float2 (&taps)[9]) {
+#pragma unroll
+  for (int tap = 0; tap < 9; tap++) taps[tap] = *reinterpret_cast<const float2*>(dw + tap * STEPS * step_channels + channel);
+}
+
+// d, the depthwise output of the tile's own pixels.
+template <int STRIDE, int STEPS>
+__device__ void convolve_x(const BackwardTiling& tiling, const Layout<STRIDE, STEPS>& at) {
+  using L = Layout<STRIDE, STEPS>;
+  constexpr int outputs = L::unit_outputs, window = STRIDE == 1 ? 4 : 3;
+  const Share<STEPS> share;
+  float2 taps[9];
+  read_taps<STEPS>(at.dw, share.channel, taps);
+#pragma unroll 1
+  for (int group = share.first_group; group < tiling.units / 4; group += warps / STEPS) {
+    const int unit = group * 4 + share.unit;
+    const unsigned char* source = at.x + at.units[unit].x_pixel * L::x_bytes + share.channel * 2;
+    float2 sums[outputs] = {};
+#pragma unroll
+    for (int row = 0; row < window; row++) {
+#pragma unroll
+      for (int column = 0; column < window; column++) {
+        const float2 value = pair_at(source + (row * tiling.x_width + column) * L::x_bytes);
+#pragma unroll
+        for (int output = 0; output < outputs; output++) {
+          const int i = row - output / 2, j = column - output % 2;
+          if (i < 0 || i > 2 || j < 0 || j > 2) continue;
+          sums[output].x += value.x * taps[3 * i + j].x;
+          sums[output].y += value.y * taps[3 * i + j].y;
+        }
+      }
+    }
+#pragma unroll
+    for (int output = 0; output < outputs; output++) {
+      *reinterpret_cast<uint32_t*>(at.d + own_row<STRIDE>(unit, output) * L::x_bytes + share.channel * 2) = pack(sums[output].x, sums[output].y);
+    }
+  }
+}
+
+// ---- phase 3
+
+// What a lane has summed over all tiles, of its two channels.
+struct Summed {
+  float2 dw[9];
+  float2 g, products;  // with in_norm: of the gradient of its result, and of that times what it took, less the mean
+};
+
+template <int STRIDE, int STEPS>
+__device__ void gradient_of_x(const BackwardArguments& p, const Layout<STRIDE, STEPS>& at, const TilePlace& tile, int first_channel,
+                              Summed& summed) {
+  using L = Layout<STRIDE, STEPS>;
+  constexpr int window = STRIDE == 1 ? 4 : 2;
+  const ConvolutionBackward& pass = p.pass;
+  const Convolution& c = pass.convolution;
+  const BackwardTiling& tiling = p.tiling;
+  const Share<STEPS> share;
+  float2 taps[9];
+  read_taps<STEPS>(at.dw, share.channel, taps);
+  const int pixel_pairs = c.in_channels / 2, row_pairs = c.width * pixel_pairs;
+#pragma unroll 1
+  for (int group = share.first_group; group < tiling.units / 4; group += warps / STEPS) {
+    const Unit unit = at.units[group * 4 + share.unit];
+    const unsigned char* source = at.dd + unit.z_pixel * L::x_bytes + share.channel * 2;
+    const unsigned char* of_x = at.x + (unit.x_pixel + tiling.x_width + 1) * L::x_bytes + share.channel * 2;
+    const int image = tile.image + unit.image, y = 2 * (tile.y + unit.y), x = 2 * (tile.x + unit.x);
+    const int place = ((image * c.height + y) * c.width + x) * pixel_pairs + (first_channel + share.channel) / 2;
+    bool there[4];
+    uint32_t taken[4], xs[4];
+    float2 grads[4] = {};
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const int at_q = place + q / 2 * row_pairs + q % 2 * pixel_pairs;
+      there[q] = unit.image < tiling.images && image < c.batch && y + q / 2 < c.height && x + q % 2 < c.width;
+      xs[q] = there[q] ? *reinterpret_cast<const uint32_t*>(of_x + (q / 2 * tiling.x_width + q % 2) * L::x_bytes) : 0;
+      taken[q] = pass.in_norm.mean && there[q] ? static_cast<const uint32_t*>(c.x)[at_q] : 0;
+      if (pass.added && there[q]) {
+        const uint32_t added = static_cast<const uint32_t*>(pass.added)[at_q];
+        grads[q] = {low(added), high(added)};
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < window; row++) {
+#pragma unroll
+      for (int column = 0; column < window; column++) {
+        const float2 value = pair_at(source + (row * tiling.z_width + column) * L::x_bytes);
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+          const int i = q / 2 + (STRIDE == 1 ? 2 - row : 1 - 2 * row), j = q % 2 + (STRIDE == 1 ? 2 - column : 1 - 2 * column);
+          if (i < 0 || i > 2 || j < 0 || j > 2) continue;
+          grads[q].x += value.x * taps[3 * i + j].x;
+          grads[q].y += value.y * taps[3 * i + j].y;
+          summed.dw[3 * i + j].x += value.x * low(xs[q]);
+          summed.dw[3 * i + j].y += value.y * high(xs[q]);
+        }
+      }
+    }
+    if (!pass.grad_x) continue;
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      if (!there[q]) continue;
+      if (pass.in_norm.mean) {
+        if (low(xs[q]) <= 0) grads[q].x = 0;
+        if (high(xs[q]) <= 0) grads[q].y = 0;
+      }
+      const uint32_t stored = pack(grads[q].x, grads[q].y);
+      static_cast<uint32_t*>(pass.grad_x)[place + q / 2 * row_pairs + q % 2 * pixel_pairs] = stored;
+      if (!pass.in_norm.mean) continue;
+      const float2 mean = *reinterpret_cast<const float2*>(at.in + 2 * L::chunk + share.channel);
+      summed.g.x += low(stored);
+      summed.g.y += high(stored);
+      summed.products.x += low(stored) * (low(taken[q]) - mean.x);
+      summed.products.y += high(stored) * (high(taken[q]) - mean.y);
+    }
+  }
+}
+
+// Which part of pw's gradient a warp sums: 16 rows of it, over one in `splits` groups of pixels.
+struct Rows {
+  int row, split, splits;
+  bool idle;
+
+  __device__ explicit Rows(int out_channels) {
+    const int rows = out_channels / 16, warp = threadIdx.x / 32;
+    row = warp % rows, split = warp / rows, splits = warps / rows, idle = split >= splits;
+  }
+};
+
+template <int STRIDE, int STEPS>
+__device__ void gradient_of_pw(const Layout<STRIDE, STEPS>& at, const Rows& rows, int pixels, float (&sums)[2 * STEPS][4]) {
+  constexpr int x_bytes = Layout<STRIDE, STEPS>::x_bytes;
+  if (rows.idle) return;
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int k = rows.split; k < pixels / 16; k += rows.splits) {
+    uint32_t outputs[4];
+    load_transposed(outputs, at.dz + at.own[k * 16 + lane / 16 * 8 + lane % 8] + rows.row * 32 + lane / 8 % 2 * 16);
+    const uint4 operand{outputs[0], outputs[1], outputs[2], outputs[3]};
+    const unsigned char* b = at.d + (k * 16 + lane % 16) * x_bytes + lane / 16 * 16;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      uint32_t columns[4];
+      load_transposed(columns, b + step * 32);
+      multiply(sums[2 * step], operand, columns[0], columns[1]);
+      multiply(sums[2 * step + 1], operand, columns[2], columns[3]);
+    }
+  }
+}
+
+// ---- what a block leaves: partial sums, in the order of its warps
+
+template <int STEPS>
+__device__ void store_pw(const ConvolutionBackward& pass, const Rows& rows, int block, int first_channel, float* all,
+                         const float (&sums)[2 * STEPS][4]) {
+  constexpr int chunk = STEPS * step_channels;
+  const Convolution& c = pass.convolution;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  if (!rows.idle) {
+    float* target = all + (rows.split * c.out_channels + rows.row * 16 + g) * chunk + 2 * t;
+#pragma unroll
+    for (int n = 0; n < 2 * STEPS; n++) {
+      *reinterpret_cast<float2*>(target + n * 8) = {sums[n][0], sums[n][1]};
+      *reinterpret_cast<float2*>(target + 8 * chunk + n * 8) = {sums[n][2], sums[n][3]};
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < c.out_channels * chunk / 4; i += threads) {
+    float4 sum{};
+    for (int split = 0; split < rows.splits; split++) {
+      const float4 v = reinterpret_cast<const float4*>(all + split * c.out_channels * chunk)[i];
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    const int row = i / (chunk / 4), column = i % (chunk / 4) * 4;
+    float* target = pass.pw_partials + (static_cast<size_t>(block) * c.out_channels + row) * c.in_channels + first_channel + column;
+    *reinterpret_cast<float4*>(target) = sum;
+  }
+}
+
+// COUNT pairs of each lane, values (warp, COUNT, 16 channels) in `all`, summed over warps to target (COUNT, channels).
+template <int STEPS, int COUNT>
+__device__ void store_sums(float2 (&values)[COUNT], float* all, float* target, int channels) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    for (int distance = 8; distance < 32; distance *= 2) {
+      values[i].x += __shfl_xor_sync(0xffffffffu, values[i].x, distance);
+      values[i].y += __shfl_xor_sync(0xffffffffu, values[i].y, distance);
+    }
+    if (lane < 8) *reinterpret_cast<float2*>(all + (warp * COUNT + i) * step_channels + lane * 2) = values[i];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < COUNT * STEPS * step_channels; i += threads) {
+    const int row = i / (STEPS * step_channels), channel = i % (STEPS * step_channels);
+    float sum = 0;
+    for (int other = channel / step_channels; other < warps; other += STEPS) {
+      sum += all[(other * COUNT + row) * step_channels + channel % step_channels];
+    }
+    target[row * channels + channel] = sum;
+  }
+}
+
+template <int STRIDE, int STEPS>
+__global__ void __launch_bounds__(threads, blocks_per_processor) backward(const __grid_constant__ BackwardArguments p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  constexpr int chunk = STEPS * step_channels;
+  const ConvolutionBackward& pass = p.pass;
+  const Convolution& c = pass.convolution;
+  const BackwardTiling& tiling = p.tiling;
+  const int chunks = c.in_channels / chunk;
+  const int block = blockIdx.x / chunks, blocks = gridDim.x / chunks, first_channel = blockIdx.x % chunks * chunk;
+  const auto at = [&] { return Layout<STRIDE, STEPS>(shared, tiling, c.out_channels); };
+  Summed summed{};
+  float of_pw[2 * STEPS][4] = {};
+
+  TilePlace place = place_of(tiling, block);
+  load_x<STRIDE, STEPS>(p, at(), place, first_channel);
+  prepare<STRIDE, STEPS>(p, at(), first_channel);
+  __syncthreads();
+  for (int tile = block;;) {
+    load_dz<STRIDE, STEPS>(p, at(), place);
+    wait_for_groups<0>();
+    if (pass.in_norm.mean) normalise_x<STRIDE, STEPS>(p, at(), place);
+    __syncthreads();
+    multiply_dz<STRIDE, STEPS>(at(), tiling.z_pixels, c.out_channels);
+    convolve_x<STRIDE, STEPS>(tiling, at());
+    __syncthreads();
+    gradient_of_pw<STRIDE, STEPS>(at(), Rows(c.out_channels + nothing()), tiling.units * Layout<STRIDE, STEPS>::unit_outputs, of_pw);
+    gradient_of_x<STRIDE, STEPS>(p, at(), place, first_channel, summed);
+    __syncthreads();
+    tile += blocks;
+    if (tile >= tiling.tiles) break;
+    place = place_of(tiling, tile);
+    load_x<STRIDE, STEPS>(p, at(), place, first_channel);
+  }
+
+  const Rows rows(c.out_channels);
+  float* all = reinterpret_cast<float*>(shared);
+  store_pw<STEPS>(pass, rows, block, first_channel, all, of_pw);
+  float* of_dw = all + rows.splits * c.out_channels * chunk;
+  store_sums<STEPS>(summed.dw, of_dw, pass.dw_partials + static_cast<size_t>(block) * 9 * c.in_channels + first_channel, c.in_channels);
+  if (!pass.in_norm.mean) return;
+  float2 of_norm[2] = {summed.g, summed.products};
+  store_sums<STEPS>(of_norm, of_dw + warps * 9 * step_channels,
+                    pass.in_partials + static_cast<size_t>(block) * 2 * c.in_channels + first_channel, c.in_channels);
+  finish_norm<threads>(pass.in_partials, blocks, c.in_channels, static_cast<float>(c.batch) * c.height * c.width, pass.in_norm,
+                       pass.eps, pass.in_gradients, pass.counter, gridDim.x, all);
+}
+
+}  // namespace
+}  // namespace odn_fast::separable_conv_cuda
