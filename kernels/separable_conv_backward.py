@@ -299,11 +299,10 @@ def separable_conv_train_backward(
     """As `odn_fast.reference.separable_conv.separable_conv_train_backward`."""
     x, z, weight = dense(x), dense(z), dense(pw)
     grad_dw, grad_pw = weight_like(dw), weight_like(pw)
-    grad_residual = torch.empty_like(z if y is not None else x.new_empty(0))
     if z.numel() == 0:
         grad_x = torch.empty_like(x) if x_needs_grad else x.new_empty(0)
         zeros = (grad_dw, grad_pw, weight_like(bn_weight), weight_like(bn_bias))
-        return grad_x, *(gradient.zero_() for gradient in zeros), grad_residual
+        return grad_x, *(gradient.zero_() for gradient in zeros), x.new_empty(0) if y is None else torch.empty_like(z)
     norm = (dense(z_mean), dense(var), dense(bn_weight), dense(bn_bias))
     y = None if y is None else dense(y)
     grad, gradients, _ = gradient_sums(dense(grad_y), y, z, norm, None, relu, y is not None, eps)
