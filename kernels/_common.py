@@ -47,7 +47,8 @@ def launch(
 
     arguments: tensors (or None), integers and floats, as the kernel takes them; constants: its constexprs, in the
     kernel's order, after them. cooperative: all programs run at the same time, for `wait_for_all`, or the launch fails;
-    it must follow from the kernel and its constants. A second launch of a variant goes past Triton's binder, which
+    it must follow from the kernel and its constants. Such a kernel begins when there is room for all of its programs
+    beside what else runs: kernels of other streams may keep it waiting, and it them. A second launch of a variant goes past Triton's binder, which
     takes longer than most of these kernels.
     """
     if 0 in grid:

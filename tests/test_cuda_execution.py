@@ -1,5 +1,9 @@
 """Every op on a GPU, beyond its values on small shapes: streams, graphs, compilation, repetition, memory, choice."""
 
+import contextlib
+import ctypes
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,24 +70,59 @@ def check_accuracy(case, dtype):
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_runs_on_the_current_stream_alone(name, dtype):
-    """While the default stream is busy, another one gets its results, and does not wait for it."""
+    """While the default stream is held up, another one gets its results, and does not wait for it."""
     case = CASES[name](dtype)
-    expected = case.run()
+    expected = [tensor.cpu() for tensor in case.run()]
     side, busy = torch.cuda.Stream(), torch.cuda.Event()
-    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         case.run()  # memory from the driver may wait
     torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000_000)
-    busy.record()
+    with held_up():
+        busy.record()
+        with torch.cuda.stream(side):
+            results = case.run()
+        side.synchronize()
+        assert not busy.query(), "it waited for the default stream"
+        with torch.cuda.stream(side):
+            results = [result.cpu() for result in results]
+        assert not busy.query(), "reading waited for the default stream"
+    assert_same(results, expected)
+
+
+@contextlib.contextmanager
+def held_up(seconds: float = 10.0):
+    """The current stream waits for the end of the block, `seconds` at most, and takes no part of the device meanwhile.
+
+    A kernel that spins would: it keeps kernels from running that need all processors at once.
+    """
+    go = torch.zeros(1, dtype=torch.int32).pin_memory()
+    stream, address = torch.cuda.current_stream().cuda_stream, go.data_ptr()
+    wait = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
+    until_equal = 1
+    status = wait(ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(1), ctypes.c_uint(until_equal))
+    assert status == 0, f"cuStreamWaitValue32 returned {status}"
+    timer = threading.Timer(seconds, go.fill_, [1])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        go.fill_(1)
+        torch.cuda.synchronize()
+
+
+def test_beside_a_kernel_that_stays(name):
+    """What needs all processors at once may wait for it, but neither is lost."""
+    case = CASES[name](torch.bfloat16)
+    expected = clones(case.run())
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)
     with torch.cuda.stream(side):
-        results = case.run()
-    side.synchronize()
-    assert not busy.query(), "it waited for the default stream"
-    with torch.cuda.stream(side):
-        results = [result.cpu() for result in results]
-    assert not busy.query(), "reading waited for the default stream"
-    assert_same(results, [tensor.cpu() for tensor in expected])
+        results = [case.run() for _ in range(5)]
+    torch.cuda.synchronize()
+    for repetition in results:
+        assert_same(repetition, expected)
 
 
 def test_two_streams_at_once(name, dtype):
