@@ -106,20 +106,36 @@ def driver() -> str:
 
 @functools.cache
 def ceilings() -> dict[str, float]:
-    """What this GPU does at best, each the median of several: a copy, a product, launches of almost nothing."""
-    source = torch.randint(0, 100, (1 << 28,), dtype=torch.int64, device="cuda")  # 2 GiB, many times the L2 cache
-    target = torch.empty_like(source)
-    copied = statistics.median(measure({"copy": lambda: target.copy_(source)}, calls=1)[0]["copy"])
+    """What this GPU does at best once it is warm: copies (`copied`), a product, launches of almost nothing."""
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    begin = time.perf_counter()
+    while time.perf_counter() < begin + 1:  # clocks of memory, too, rise only under load
+        left.copy_(right)
+        (left @ right).sum().item()
     multiplied = statistics.median(measure({"product": lambda: left @ right}, calls=1)[0]["product"])
     one = torch.zeros(1, device="cuda")
     node = statistics.median(measure({"launch": lambda: one.add_(1.0)}, calls=500)[0]["launch"])
     return {
-        "copy_GB_s": 2 * source.numel() * source.element_size() / copied / 1e3,
+        "copy_GB_s": max(copied(bytes) for bytes in (1 << 28, 1 << 31) for _ in range(3)),
         "bf16_product_TFLOP_s": 2 * 8192**3 / multiplied / 1e6,
         "graph_node_us": node,
         "eager_launch_us": wall(lambda: one.add_(1.0), calls=1000),
     }
+
+
+def copied(bytes: int) -> float:
+    """GB a second, read and written, of the fastest of several ways to copy this much; many times the L2 cache."""
+    source = torch.randn(bytes // 4, device="cuda")
+    target = torch.empty_like(source)
+    halves = source.view(torch.bfloat16), target.view(torch.bfloat16)
+    arms = {
+        "copy_": lambda: target.copy_(source),  # a copy of the driver's
+        "add": lambda: torch.add(source, 1.0, out=target),
+        "neg": lambda: torch.neg(source, out=target),
+        "neg, bfloat16": lambda: torch.neg(halves[0], out=halves[1]),
+    }
+    times, _ = measure(arms, calls=1)
+    return 2 * bytes / min(statistics.median(each) for each in times.values()) / 1e3
 
 
 # ---- timing
