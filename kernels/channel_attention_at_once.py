@@ -11,6 +11,9 @@ from ._common import jit, rounded
 from .channel_attention_sweeps import EPSILON, image_and_rows, mean_of_partials, read
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)  # scores times it are what exp2 takes
+
+
 @triton.jit
 def _correlate(k, x):
     """K^T X over the positions of a tile. Of few channels, every warp takes a share of the positions."""
@@ -40,10 +43,10 @@ def _centre(map_ptr, position, channel, positions, channels: tl.constexpr, raw: 
 
 @triton.jit
 def _logits(
-    q, q_mean, q_std, q_scale, k_ptr, mean_ptr, std_ptr, position, column, positions, columns: tl.constexpr,
+    q, q_mean, q_factor, k_ptr, mean_ptr, std_ptr, position, column, positions, columns: tl.constexpr,
     raw: tl.constexpr, dot: tl.constexpr, standardize: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of the scores, -inf outside; K as products take it, its means and scales."""
+    """Some columns of the scores times log2(e), -inf outside; K as products take it, its means and scales."""
     if mean_ptr is None:
         k, mean, std = _centre(k_ptr, position, column, positions, columns, raw, dot)
     else:
@@ -51,59 +54,70 @@ def _logits(
         std = tl.load(std_ptr + column, mask=column < columns, other=0)
         k = read(k_ptr, position, column, positions, mean, columns, raw, dot)[0]
     products = _correlate(k, q)
-    if standardize:
-        scale = 1 / (std + EPSILON)
-        if raw:
-            # Of channels that are constant, rounding would be all that is left.
-            constant = (q_std == 0)[None, :] | (std == 0)[:, None]
-            products = tl.where(constant, 0.0, products - positions * mean[:, None] * q_mean[None, :])
-    else:
-        scale = tl.full(std.shape, 1.0, tl.float32)
-        if not raw:
-            products += positions * mean[:, None] * q_mean[None, :]
-    logits = tl.where((column < columns)[:, None], products * scale[:, None] * q_scale[None, :], float("-inf"))
+    scale, factor = _scales(std, 1.0, standardize)
+    if standardize and raw:
+        products -= (positions * mean)[:, None] * q_mean[None, :]
+    if not standardize and not raw:
+        products += (positions * mean)[:, None] * q_mean[None, :]
+    logits = tl.where((column < columns)[:, None], products * factor[:, None] * q_factor[None, :], float("-inf"))
     return logits, k, mean, scale
 
 
 @triton.jit
+def _scales(std, root, standardize: tl.constexpr):
+    """What scales products of standardised channels, and the same with zero for channels that are constant: of their
+    products, rounding is all there would be."""
+    if standardize:
+        scale = 1 / (root * (std + EPSILON))
+        return scale, tl.where(std == 0, 0.0, scale)
+    scale = tl.zeros_like(std) + 1 / root
+    return scale, scale
+
+
+@triton.jit
 def _attend(
-    logits, k, q_mean, k_mean, largest, totals, errors, projected, dot: tl.constexpr, standardize: tl.constexpr
-):
+    logits, k, q_mean, k_mean, largest, totals, errors, projected,
+    raw: tl.constexpr, dot: tl.constexpr, standardize: tl.constexpr,
+):  # fmt: skip
     """Take columns into a softmax that is under way: A, A (q - k), both still to be summed along rows, and A K."""
     if not standardize:  # standardised scores are at most sqrt(P): their exponentials need no maximum
         greatest = tl.maximum(largest, tl.max(logits, 0))
-        fade = tl.exp(largest - greatest)
+        fade = tl.exp2(largest - greatest)
         largest = greatest
         logits -= largest[None, :]
         totals *= fade[None, :]
         errors *= fade[None, :]
         projected *= fade[None, :]
-    weights = tl.exp(logits)
+    weights = tl.exp2(logits)
     totals += weights
-    errors += weights * (q_mean[None, :] - k_mean[:, None])
-    projected = tl.dot(k, weights.to(dot), projected, input_precision="tf32x3")
-    return largest, totals, errors, projected
+    operand = weights.to(dot)
+    projected = tl.dot(k, operand, projected, input_precision="tf32x3")
+    if raw:  # what rounding took: the loss is to be accurate
+        projected = tl.dot(k, (weights - operand.to(tl.float32)).to(dot), projected)
+    else:
+        errors += weights * (q_mean[None, :] - k_mean[:, None])
+    return weights, largest, totals, errors, projected
 
 
 @triton.jit
 def _slope_through(
-    logits, k, k_mean, k_scale, r, factor, offset, q_scale, largest, total, spreads, shifts, gradient,
-    dot: tl.constexpr, standardize: tl.constexpr,
+    weights, logits, k, k_mean, k_scale, products, through, q_scale, spreads, shifts, gradient,
+    raw: tl.constexpr, dot: tl.constexpr, standardize: tl.constexpr,
 ):  # fmt: skip
     """Add some columns of V: to h and to V k, both still to be summed along rows, and to V K.
 
-    T is K^T R + factor k + offset.
+    weights, products: A and T; through: the sum of A T.
     """
-    if not standardize:
-        logits -= largest[None, :]
-    weights = tl.exp(logits) / total[None, :]
-    through = weights * (_correlate(k, r) + factor[None, :] * k_mean[:, None] + offset[None, :])
+    through = weights * (products - through[None, :])
     slopes = through * k_scale[:, None] * q_scale[None, :]
+    operand = slopes.to(dot)
     if standardize:
         spreads += tl.where(weights > 0, through * logits, 0.0)
-    else:
-        shifts += slopes * k_mean[:, None]
-    return spreads, shifts, tl.dot(k, slopes.to(dot), gradient, input_precision="tf32x3")
+    if standardize and raw:
+        shifts += operand.to(tl.float32) * k_mean[:, None]
+    if not standardize and not raw:
+        shifts -= slopes * k_mean[:, None]
+    return spreads, shifts, tl.dot(k, operand, gradient, input_precision="tf32x3")
 
 
 @jit
@@ -141,91 +155,96 @@ def at_once(
     inside = (position < positions)[:, None] & (row < rows)[None, :]
     at = position[:, None] * rows + row[None, :]
     operand, q_mean, q_std = _centre(q_ptr, position, row, positions, rows, raw, dot)
-    root = tl.sqrt(positions.to(tl.float32))
-    q_scale = 1 / (root * (q_std + EPSILON)) if standardize else tl.zeros_like(q_std) + 1 / root
+    q_scale, q_factor = _scales(q_std, tl.sqrt(positions.to(tl.float32)), standardize)
+    q_factor *= LOG2_E
 
     column = tl.arange(0, block_columns)
+    only: tl.constexpr = columns <= block_columns
+    nothing = tl.zeros([block_columns, block_rows], tl.float32)
     largest = tl.full([block_rows], float("-inf"), tl.float32)
-    totals = tl.zeros([block_columns, block_rows], tl.float32)
-    errors = tl.zeros([block_columns, block_rows], tl.float32)
+    totals, errors = nothing, nothing
     projected = tl.zeros([tile, block_rows], tl.float32)
-    if columns <= block_columns:
+    if only:
         logits, k, k_mean, k_scale = _logits(
-            operand, q_mean, q_std, q_scale, k_ptr, mean_ptr, std_ptr, position, column, positions, columns, raw, dot,
-            standardize,
-        )  # fmt: skip
-        largest, totals, errors, projected = _attend(
-            logits, k, q_mean, k_mean, largest, totals, errors, projected, dot, standardize
+            operand, q_mean, q_factor, k_ptr, mean_ptr, std_ptr, position, column, positions, columns, raw, dot, standardize
+        )
+        weights, largest, totals, errors, projected = _attend(
+            logits, k, q_mean, k_mean, largest, totals, errors, projected, raw, dot, standardize
         )
     else:
         for first in range(0, columns, block_columns):
             logits, k, k_mean, k_scale = _logits(
-                operand, q_mean, q_std, q_scale, k_ptr, mean_ptr, std_ptr, position, first + column, positions, columns, raw,
-                dot, standardize,
+                operand, q_mean, q_factor, k_ptr, mean_ptr, std_ptr, position, first + column, positions, columns, raw, dot,
+                standardize,
             )  # fmt: skip
-            largest, totals, errors, projected = _attend(
-                logits, k, q_mean, k_mean, largest, totals, errors, projected, dot, standardize
+            _, largest, totals, errors, projected = _attend(
+                logits, k, q_mean, k_mean, largest, totals, errors, projected, raw, dot, standardize
             )
-    total = tl.sum(totals, 0)
-    error = tl.sum(errors, 0) / total
+    share = 1 / tl.sum(totals, 0)
     at += image * positions * rows
     q_ptr -= image * positions * rows
-    left = q_mean - error  # A k
-    shift = left - tl.sum(projected, 0) / (positions * total) if raw else tl.zeros_like(left)
+    if not raw:
+        error = tl.sum(errors, 0) * share
+        left = q_mean - error  # A k
     if projected_ptr is not None:
-        value = projected / total[None, :] + (shift if raw else left)[None, :]
+        value = projected * share[None, :]
+        if not raw:
+            value += left[None, :]
         tl.store(projected_ptr + at, rounded(value, projected_ptr.dtype.element_ty), mask=inside)
     if grad_ptr is not None:
         r = tl.load(grad_ptr + at, mask=inside, other=0).to(tl.float32)
-        factor = tl.sum(r, 0)
-        through = tl.sum(r * (projected / total[None, :] + shift[None, :]), 0)
+        through = tl.sum(r * projected, 0) * share
+        if not raw:
+            factor = tl.sum(r, 0)
     if loss_ptr is not None:
         # Q is loaded again, and so that the compiler does not keep it from the first time: registers are short.
         q = tl.load(q_ptr + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
         if not raw:
             q -= left[None, :]
-        r = tl.where(inside, q - shift[None, :] - projected / total[None, :], 0.0)
-        factor = positions * error
-        through = tl.sum(r * (q - r), 0)
+            factor = positions * error
+        r = tl.where(inside, q - projected * share[None, :], 0.0)
         squares = tl.sum(r * r)
+        through = tl.sum(r * (q - r), 0)
 
     if gradient_ptr is not None:
         difference = r.to(dot)
-        # T is K^T R up to a constant per row, and the sum of A T that of R A K.
-        offset = -through
-        if raw:
-            factor = tl.zeros_like(error)
-        else:  # of K less its means, and of the means less those of Q plus e
-            offset -= factor * left
-        spreads = tl.zeros([block_columns, block_rows], tl.float32)
-        shifts = tl.zeros([block_columns, block_rows], tl.float32)
+        if not raw:  # of the sum of A T, R being that of K less its means: K^T R + factor k
+            through += factor * left
+        spreads, shifts = nothing, nothing
         gradient = tl.zeros([tile, block_rows], tl.float32) if loss_ptr is None else -r
-        if columns <= block_columns:
+        if only:
+            products = _correlate(k, difference)
+            if not raw:
+                products += factor[None, :] * k_mean[:, None]
             spreads, shifts, gradient = _slope_through(
-                logits, k, k_mean, k_scale, difference, factor, offset, q_scale, largest, total, spreads, shifts,
-                gradient, dot, standardize,
+                weights * share[None, :], logits, k, k_mean, k_scale, products, through, q_scale, spreads, shifts, gradient,
+                raw, dot, standardize,
             )  # fmt: skip
         else:
             for first in range(0, columns, block_columns):
                 logits, k, k_mean, k_scale = _logits(
-                    operand, q_mean, q_std, q_scale, k_ptr, mean_ptr, std_ptr, position, first + column, positions, columns,
-                    raw, dot, standardize,
+                    operand, q_mean, q_factor, k_ptr, mean_ptr, std_ptr, position, first + column, positions, columns, raw,
+                    dot, standardize,
                 )  # fmt: skip
+                products = _correlate(k, difference)
+                if not raw:
+                    products += factor[None, :] * k_mean[:, None]
+                weights = tl.exp2(logits if standardize else logits - largest[None, :])
                 spreads, shifts, gradient = _slope_through(
-                    logits, k, k_mean, k_scale, difference, factor, offset, q_scale, largest, total, spreads, shifts,
-                    gradient, dot, standardize,
+                    weights * share[None, :], logits, k, k_mean, k_scale, products, through, q_scale, spreads, shifts,
+                    gradient, raw, dot, standardize,
                 )  # fmt: skip
         gradient = -gradient
         if standardize:
+            q = tl.load(q_ptr + at, mask=inside, other=0, cache_modifier=".ca").to(tl.float32)
+            spread = tl.sum(spreads, 0) / (LOG2_E * (q_std + EPSILON) * q_std * positions)
+            spread = tl.where(q_std == 0, 0.0, spread)
+            shift = -spread * q_mean
             if raw:
-                gradient -= (tl.sum(gradient, 0) / positions)[None, :]
-                if loss_ptr is not None:
-                    gradient += error[None, :]
-            q = tl.load(q_ptr + at, mask=inside, other=0, cache_modifier=".ca").to(tl.float32) - q_mean[None, :]
-            spread = tl.sum(spreads, 0) / ((q_std + EPSILON) * q_std * positions)
-            gradient += tl.where(q_std == 0, 0.0, spread)[None, :] * q
+                shift += tl.sum(shifts, 0)
+            gradient += spread[None, :] * q + shift[None, :]
         elif not raw:
-            gradient -= tl.sum(shifts, 0)[None, :]
+            gradient += tl.sum(shifts, 0)[None, :]
         tl.store(gradient_ptr + at, rounded(gradient * slope, gradient_ptr.dtype.element_ty), mask=inside)
     if loss_ptr is not None:
         mean_of_partials(squares, partial_ptr, loss_ptr, counter_ptr, slope)

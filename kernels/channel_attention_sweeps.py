@@ -264,14 +264,19 @@ def loss(
         products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std, column, positions, columns, standardize
     )
     operand = tl.trans(weights).to(dot)
-    shift = error + tl.sum(weights.to(dot).to(tl.float32) * k_mean[None, :], 1) - q_mean
+    if raw:  # what rounding took: the loss is to be accurate
+        rest = tl.trans(weights - weights.to(dot).to(tl.float32)).to(dot)
+    shift = error + tl.sum(weights * k_mean[None, :], 1) - q_mean
     products = tl.zeros([block_rows, block_columns], tl.float32)
     squares = tl.zeros([tile, block_rows], tl.float32)
     for first in range(0, positions, tile):
         position = first + tl.arange(0, tile)
         _, q, inside = read(q_ptr, position, row, positions, q_pivot, rows, raw, dot)
         k, _, _ = read(k_ptr, position, column, positions, k_pivot, columns, raw, dot)
-        r = tl.where(inside, q + shift[None, :] - tl.dot(k, operand, input_precision="tf32x3"), 0.0)
+        projected = tl.dot(k, operand, input_precision="tf32x3")
+        if raw:
+            projected = tl.dot(k, rest, projected)
+        r = tl.where(inside, q + shift[None, :] - projected, 0.0)
         squares += r * r
         if gradient_ptr is not None:
             products = tl.dot(tl.trans(r).to(dot), k, products, input_precision="tf32x3")
