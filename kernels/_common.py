@@ -7,6 +7,7 @@ variant per combination of dtypes and compile-time constants.
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 INTERPRETED = triton.knobs.runtime.interpret  # under TRITON_INTERPRET=1, read when Triton is first imported
 OLDEST_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.bfloat16)
 LARGEST = 2**31 - 1  # kernels index with 32 bits
 
 _interpreted = tl.constexpr(INTERPRETED)
@@ -45,37 +47,36 @@ def launch(
 ) -> None:
     """Run `kernel` on the current stream of the tensors' device.
 
-    arguments: tensors (or None), integers and floats, as the kernel takes them; constants: its constexprs, in the
-    kernel's order, after them. cooperative: all programs run at the same time, for `wait_for_all`, or the launch fails;
+    arguments: tensors (or None), integers, floats, and tuples of tensors of one dtype or of integers, as the kernel takes
+    them, a tensor first; constants: its constexprs, in the kernel's order, after them. cooperative: all programs run at the same time, for `wait_for_all`, or the launch fails;
     it must follow from the kernel and its constants. Such a kernel begins when there is room for all of its programs
-    beside what else runs: kernels of other streams may keep it waiting, and it them. A second launch of a variant goes past Triton's binder, which
-    takes longer than most of these kernels.
+    beside what else runs: kernels of other streams may keep it waiting, and it them. A second launch of a variant goes
+    past Triton's binder and hooks, which take longer than most of these kernels.
     """
     if 0 in grid:
         return
+    if _recorded is None and not INTERPRETED:
+        dtypes = [getattr(x[0] if type(x) is tuple else x, "dtype", None) for x in arguments]
+        first = arguments[0][0] if type(arguments[0]) is tuple else arguments[0]
+        device = first.get_device()
+        key = (id(kernel), device, num_warps, num_stages, *constants.values(), *dtypes)  # hash(kernel) takes longer
+        compiled = _variants.get(key)
+        if compiled is not None:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled.run(
+                *grid, *(1,) * (3 - len(grid)), stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *arguments, *constants.values(),
+            )  # fmt: skip
+            return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if cooperative:
         options["launch_cooperative_grid"] = True
     if _recorded is not None:
         _recorded.append(kernel.warmup(*arguments, **constants, grid=grid, **options))
-        return
-    if INTERPRETED:
+    elif INTERPRETED:
         kernel[grid](*arguments, **constants)
-        return
-    dtypes = [x.dtype if isinstance(x, Tensor) else _dtypes(x) for x in arguments]
-    key = (kernel, torch.cuda.current_device(), num_warps, num_stages, *constants.values(), *dtypes)
-    compiled = _variants.get(key)
-    if compiled is None:
-        _variants[key] = kernel[grid](*arguments, **constants, **options)
     else:
-        compiled[grid + (1,) * (3 - len(grid))](*arguments, *constants.values())
-
-
-def _dtypes(argument):
-    """Of a tuple of tensors its dtypes; of anything else whether it is None."""
-    if isinstance(argument, tuple):
-        return tuple(x.dtype if isinstance(x, Tensor) else None for x in argument)
-    return argument is None
+        _variants[key] = kernel[grid](*arguments, **constants, **options)
 
 
 @contextlib.contextmanager
@@ -137,37 +138,45 @@ def device_name(device: torch.device) -> str:
 
 
 def why_not(**tensors: Tensor | None) -> list[str]:
-    """Reasons why no Triton kernel takes these tensors; [] if they are fine."""
+    """Reasons why no Triton kernel takes these tensors; [] if they are fine, which is found before any is written."""
+    first = next(iter(tensors.values()))
+    if not _device_reasons(first.device) and all(
+        [tensor is None or (tensor.dtype in DTYPES and tensor.numel() <= LARGEST) for tensor in tensors.values()]
+    ):
+        return []
     reasons = []
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.dtype not in (torch.float32, torch.bfloat16):
+        if tensor.dtype not in DTYPES:
             reasons.append(f"{name} is {tensor.dtype}; the Triton kernels take torch.float32 and torch.bfloat16")
         if tensor.numel() > LARGEST:
             reasons.append(f"{name} has {tensor.numel()} elements; the Triton kernels index at most {LARGEST}")
-    first = next(iter(tensors.values()))
-    if first.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(first.device)
+    return reasons + _device_reasons(first.device)
+
+
+@functools.cache
+def _device_reasons(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY:
-            reasons.append(f"{device_name(first.device)} has compute capability {capability}, expected at least 8.0")
+            return [f"{device_name(device)} has compute capability {capability}, expected at least 8.0"]
     elif not INTERPRETED:
-        reasons.append(f"tensors are on {first.device}, expected a CUDA device")
-    return reasons
+        return [f"tensors are on {device}, expected a CUDA device"]
+    return []
 
 
 def dense(x: Tensor) -> Tensor:
     """A map as channels_last, a vector or matrix as contiguous, 16-byte aligned: itself, or a copy."""
-    memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    if not is_dense(x):
-        return torch.empty_like(x, memory_format=memory_format).copy_(x)
-    return x
+    if is_dense(x):
+        return x
+    return torch.empty_like(x, memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format).copy_(x)
 
 
 def is_dense(x: Tensor) -> bool:
-    memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    contiguous = x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.is_contiguous()
     # Where an extent is 1, a stride that PyTorch calls channels_last may be any number; the kernels compute their own.
-    return x.is_contiguous(memory_format=memory_format) and (x.is_meta or x.data_ptr() % 16 == 0)
+    return contiguous and x.data_ptr() % 16 == 0  # 0 where there is no memory
 
 
 def dot_dtype(dtype: torch.dtype):
@@ -175,8 +184,8 @@ def dot_dtype(dtype: torch.dtype):
     return tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32
 
 
-_COUNTERS = 1 << 16
-_counters: dict = {}
+_COUNTERS = 1 << 14
+_counters: dict[torch.device, Iterator[Tensor]] = {}
 
 
 def counter(tensor: Tensor) -> Tensor:
@@ -190,12 +199,11 @@ def counter(tensor: Tensor) -> Tensor:
     if device not in _counters:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("run the network once before its CUDA graph is captured: kernels allocate on first use")
-        _counters[device] = [torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device), 0]
+        rows = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams use it too
-    rows, next_row = _counters[device]
-    _counters[device][1] = (next_row + 1) % _COUNTERS
-    return rows[next_row]
+        _counters[device] = itertools.cycle(rows.unbind())  # whose next is one step to all threads
+    return next(_counters[device])
 
 
 # ---- device functions
