@@ -41,6 +41,8 @@ struct TrainingArguments {
   float* mean;
   float* var;
   float* z_mean;
+  float* scale;
+  float* shift;
   Parameter bn_weight, bn_bias;
   float eps;
   bool relu;
@@ -143,6 +145,10 @@ __device__ void store_statistics(const TrainingArguments& p, unsigned char* shar
       const float var = (sums[4 + i] + (sums[2 + i] - shift * sums[i])) / count;
       p.mean[2 * pair + i] = p.z_mean[2 * pair + i] = start[i] + shift;
       p.var[2 * pair + i] = relu(var);
+      if (!p.scale) continue;
+      const int channel = 2 * pair + i;
+      with_values(p.bn_weight, [&](const auto* weight) { p.scale[channel] = as_float(weight[channel]) * rsqrtf(relu(var) + p.eps); });
+      with_values(p.bn_bias, [&](const auto* bias) { p.shift[channel] = as_float(bias[channel]) - (start[i] + shift) * p.scale[channel]; });
     }
   }
 }
@@ -419,7 +425,7 @@ cudaError_t launch(const Training& p, cudaStream_t stream) {
                             Activation::none, Activation::none, static_cast<__nv_bfloat16*>(p.z)};
   float2* partials = reinterpret_cast<float2*>(p.partials);
   float* counts = reinterpret_cast<float*>(partials + static_cast<size_t>(chosen.blocks) * p.convolution.out_channels);
-  const TrainingArguments all{arguments, p.mean, p.var, p.z_mean, p.bn_weight, p.bn_bias, p.eps, p.relu,
+  const TrainingArguments all{arguments, p.mean, p.var, p.z_mean, p.scale, p.shift, p.bn_weight, p.bn_bias, p.eps, p.relu,
                               static_cast<const __nv_bfloat16*>(p.residual), static_cast<__nv_bfloat16*>(p.y),
                               partials, counts, p.counter};
   return launch_kernel(kernel, all, chosen, p.y != nullptr, stream);

@@ -50,6 +50,8 @@ struct Training {
   float* mean;  // (out_channels), of the stored z
   float* var;   // biased
   float* z_mean;  // the mean again
+  float* scale;   // (out_channels) or null: scale and shift of batch norm, as in_scale and in_shift of the layer after
+  float* shift;
   Parameter bn_weight, bn_bias;
   float eps;
   const void* residual;  // as y, or null

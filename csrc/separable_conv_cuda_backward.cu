@@ -148,8 +148,9 @@ BackwardTiling backward_tiling(const Convolution& c, int images, int rows, int c
   t.by_z_width = inverse(t.z_width), t.by_z_height = inverse(t.z_height);
   t.by_unit_columns = inverse(columns), t.by_unit_rows = inverse(rows);
   const int x_bytes = t.chunk * 2 + padding_bytes, z_bytes = c.out_channels * 2 + padding_bytes;
-  const int tile = t.z_pixels * (z_bytes + x_bytes) + t.x_pixels * x_bytes + t.units * outputs * (x_bytes + 4) + t.units * static_cast<int>(sizeof(Unit)) +
-                   c.out_channels * x_bytes + (12 * t.chunk + 5 * c.out_channels) * 4;
+  const int maps = t.z_pixels * (z_bytes + x_bytes) + (t.x_pixels + t.units * outputs) * x_bytes;
+  const int weights = c.out_channels * x_bytes + (12 * t.chunk + 5 * c.out_channels) * 4;
+  const int tile = maps + weights + t.units * (static_cast<int>(sizeof(Unit)) + outputs * 4);
   const int splits = warps / (c.out_channels / 16);
   t.shared_bytes = std::max(tile, (splits * c.out_channels * t.chunk + warps * 11 * step_channels) * 4);
   return t;
@@ -224,7 +225,8 @@ cudaError_t backward_plan(const Convolution& c, BackwardPlan& result) {
   const int most = device.shared_bytes - backward_beside;  // for all plans, not this one alone
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return error;
   int blocks = 0;
-  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, result.tiling.shared_bytes)) return error;
+  const int bytes = result.tiling.shared_bytes;
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes)) return error;
   if (blocks == 0) return cudaErrorInvalidConfiguration;
   const int chunks = c.in_channels / result.tiling.chunk;
   const int most_rows = std::max(1, std::min(blocks, blocks_per_processor) * device.processors / chunks);
@@ -275,7 +277,8 @@ cudaError_t launch(const ConvolutionBackward& p, cudaStream_t stream) {
   BackwardPlan plan{};
   if (const cudaError_t error = backward_plan(p.convolution, plan)) return error;
   const int blocks = plan.rows * (p.convolution.in_channels / plan.tiling.chunk);
-  return launch_blocks(backward_kernel(p.convolution), BackwardArguments{p, plan.tiling}, blocks, threads, plan.tiling.shared_bytes, stream);
+  const BackwardArguments arguments{p, plan.tiling};
+  return launch_blocks(backward_kernel(p.convolution), arguments, blocks, threads, plan.tiling.shared_bytes, stream);
 }
 
 cudaError_t launch(const WeightSums& p, cudaStream_t stream) {

@@ -203,7 +203,10 @@ define_autocast(_train, _read_train, _read_train_on_cuda)
 define_autocast(_infer, _read_infer, _read_infer_on_cuda)
 register_cuda("separable_conv_train", [triton("separable_conv", "separable_conv_train"), _separable_conv_cuda.train])
 register_cuda("separable_conv_infer", [triton("separable_conv_infer", "separable_conv_infer"), _separable_conv_cuda.infer])
-register_cuda("separable_conv_train_backward", [triton("separable_conv_backward", "separable_conv_train_backward")])
+register_cuda(
+    "separable_conv_train_backward",
+    [_separable_conv_cuda.train_backward, triton("separable_conv_backward", "separable_conv_train_backward")],
+)
 
 
 def forward_flops(x_shape, dw_shape, pw_shape, stride: int) -> tuple[int, list[int]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
+from odn_fast.ops import _separable_conv_cuda
 from odn_fast.ops._choose import register_cuda, triton
 from odn_fast.ops._library import (
     as_bfloat16,
@@ -140,8 +141,13 @@ def _read_on_cuda(x, *others):
 
 library.impl("separable_unit_train", _autograd, "Autograd")
 define_autocast(_train, _read, _read_on_cuda)
-register_cuda("separable_unit_train", [triton("separable_unit", "separable_unit_train")])
-register_cuda("separable_unit_train_backward", [triton("separable_unit", "separable_unit_train_backward")])
+register_cuda(
+    "separable_unit_train", [_separable_conv_cuda.unit_train, triton("separable_unit", "separable_unit_train")]
+)
+register_cuda(
+    "separable_unit_train_backward",
+    [_separable_conv_cuda.unit_train_backward, triton("separable_unit", "separable_unit_train_backward")],
+)
 
 
 @register_flop_formula(torch.ops.odn_fast.separable_unit_train)
