@@ -108,14 +108,21 @@ def implemented(name: str) -> list[str]:
     return [op for op, candidates in _implementations.items() if name in {candidate.name for candidate in candidates}]
 
 
-def register_cuda(op: str, implementations: Sequence[Implementation]) -> None:
-    """Put the chooser among `implementations`, best first, and the reference on the op's CUDA key."""
+def register_cuda(op: str, implementations: Sequence[Implementation], check: Callable[..., None]) -> None:
+    """Put the chooser among `implementations`, best first, and the reference on the op's CUDA key.
+
+    check: called with the arguments first, raises ValueError where they are not the op's: kernels would read out of
+    bounds. Public functions leave it to this on CUDA, where a check takes as long as a launch.
+    """
     reference = Implementation("reference", without_autocast(references[op]), lambda *args: [])
     _implementations[op] = candidates = [*implementations, reference]
 
     def run(*args):
-        device = next(device_of(args))
+        check(*args)
         implementation = chosen(op, candidates, args)
+        device = device_of(args)
+        if device.index == torch.cuda.current_device():
+            return implementation.run(*args)
         with torch.cuda.device(device):
             return implementation.run(*args)
 
@@ -138,9 +145,7 @@ def chosen(op: str, candidates: Sequence[Implementation], args: tuple) -> Implem
     )
 
 
-def device_of(args) -> Iterator[torch.device]:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            yield arg.device
-        elif isinstance(arg, (list, tuple)):
-            yield from device_of(arg)
+def device_of(args: Sequence) -> torch.device:
+    """Of the first tensor, or of the first in the first list."""
+    first = args[0]
+    return (first if isinstance(first, torch.Tensor) else first[0]).device

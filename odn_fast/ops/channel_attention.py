@@ -83,14 +83,12 @@ def _fake(student, teacher, standardize):
 
 
 def _fake_backward(grad, student, teacher, standardize):
-    reference.check("channel_attention_backward", student, teacher)
-    reference.check_grad(grad, student)
+    _check_backward(grad, student, teacher, standardize)
     return torch.empty_like(student, memory_format=torch.channels_last)
 
 
 def _fake_loss(student, teacher, mean, std, gram, standardize, with_gradient):
-    statistics = reference.given_statistics(mean, std, gram)
-    reference.check("channel_attention_loss", student, teacher, statistics)
+    _check_loss(student, teacher, mean, std, gram)
     loss = student.new_empty((), dtype=reference.compute_dtype(student, teacher))
     if not with_gradient:
         return loss, student.new_empty(0)
@@ -215,11 +213,20 @@ def _flops_loss(
     return (4 if with_gradient else 2) * _product(student_shape, teacher_shape)
 
 
-for _name in (
-    "channel_attention_statistics",
-    "channel_attention",
-    "channel_attention_backward",
-    "channel_attention_loss",
-    "channel_attention_loss_backward",
-):
-    register_cuda(_name, [triton("channel_attention", _name)])
+def _check_loss(student, teacher, mean, std, gram, *flags):
+    reference.check("channel_attention_loss", student, teacher, reference.given_statistics(mean, std, gram))
+
+
+def _check_backward(grad, student, teacher, standardize):
+    reference.check("channel_attention_backward", student, teacher)
+    reference.check_grad(grad, student)
+
+
+for _name, _check in {
+    "channel_attention_statistics": lambda teacher: reference.check_map("teacher_statistics", "teacher", teacher),
+    "channel_attention": lambda student, teacher, _: reference.check("channel_attention", student, teacher),
+    "channel_attention_backward": _check_backward,
+    "channel_attention_loss": _check_loss,
+    "channel_attention_loss_backward": reference.check_slope,
+}.items():
+    register_cuda(_name, [triton("channel_attention", _name)], _check)

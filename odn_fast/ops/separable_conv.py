@@ -49,7 +49,8 @@ def separable_conv_train(
 
     Raises ValueError on shapes, dtypes, devices or strides that do not fit, and where a channel has only one value.
     """
-    reference.check(x, dw, pw, bn_weight, bn_bias, residual, stride)
+    if not x.is_cuda:  # where the op checks
+        reference.check(x, dw, pw, bn_weight, bn_bias, residual, stride)
     y, mean, var, _, _ = _train(x, dw, pw, bn_weight, bn_bias, residual, stride, eps, relu)
     return y, mean, var
 
@@ -78,7 +79,8 @@ def separable_conv_infer(
     Raises ValueError on shapes, dtypes, devices, strides or activations that do not fit; RuntimeError when
     differentiated.
     """
-    reference.check_infer(x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, act_pw)
+    if not x.is_cuda:  # where the op checks
+        reference.check_infer(x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, act_pw)
     return _infer(x, dw, dw_bias, pw, pw_bias, residual, stride, act_dw, act_pw)
 
 
@@ -201,11 +203,20 @@ library.impl("separable_conv_train", _SeparableConvTrain.apply, "Autograd")
 library.impl("separable_conv_infer", _SeparableConvInfer.apply, "Autograd")
 define_autocast(_train, _read_train, _read_train_on_cuda)
 define_autocast(_infer, _read_infer, _read_infer_on_cuda)
-register_cuda("separable_conv_train", [triton("separable_conv", "separable_conv_train"), _separable_conv_cuda.train])
-register_cuda("separable_conv_infer", [triton("separable_conv_infer", "separable_conv_infer"), _separable_conv_cuda.infer])
+register_cuda(
+    "separable_conv_train",
+    [triton("separable_conv", "separable_conv_train"), _separable_conv_cuda.train],
+    lambda *args: reference.check(*args[:7]),
+)
+register_cuda(
+    "separable_conv_infer",
+    [triton("separable_conv_infer", "separable_conv_infer"), _separable_conv_cuda.infer],
+    reference.check_infer,
+)
 register_cuda(
     "separable_conv_train_backward",
     [_separable_conv_cuda.train_backward, triton("separable_conv_backward", "separable_conv_train_backward")],
+    lambda *args: reference.check_backward(*args[:11]),
 )
 
 

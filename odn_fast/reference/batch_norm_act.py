@@ -4,6 +4,8 @@
 The pieces are shared with `separable_conv` and `separable_unit`.
 """
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,35 @@ def check_tensor(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], 
         raise ValueError(
             f"{op}: {name} of shape {tuple(tensor.shape)} is on {tensor.device}, expected {device} as x"
         )
+
+
+Given = tuple[str, Tensor | None, Sequence[int], Sequence[torch.dtype]]  # name, tensor, expected shape, allowed dtypes
+
+
+def check_given(op: str, device: torch.device, given: Iterable[Given]) -> None:
+    """Raise ValueError naming the first tensor that is of another shape, dtype or device. None may be absent."""
+    for name, tensor, shape, dtypes in given:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != device):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device}, expected"
+                f" {tuple(shape)} and {', '.join(map(str, dtypes))} on {device}"
+            )
+
+
+def check_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None, mean: Tensor, var: Tensor
+) -> None:
+    """Raise ValueError naming the first argument that breaks the contract of `batch_norm_act_train_backward`."""
+    op = "batch_norm_act_train_backward"
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, H, W) with C, H and W at least 1")
+    shape, exact = x.shape, (compute_dtype(x),)
+    channels = shape[1:2]
+    check_given(op, x.device, (
+        ("x", x, shape, FLOATING), ("grad_y", grad_y, shape, FLOATING), ("y", y, shape, (x.dtype,)),
+        ("weight", weight, channels, FLOATING), ("bias", bias, channels, FLOATING),
+        ("mean", mean, channels, exact), ("var", var, channels, exact),
+    ))  # fmt: skip
 
 
 def check_values_per_channel(op: str, x: Tensor, output: tuple[int, int, int, int]) -> None:
@@ -132,6 +163,7 @@ def batch_norm_act_train_backward(
     The gradient of x and that of the residual are in x's dtype, channels_last, those of parameters in the parameter's.
     The gradient of x has shape (0,) if it is not needed; that of the residual if y is None: without ReLU it is grad_y.
     """
+    check_backward(grad_y, x, weight, bias, y, mean, var)
     dtype = compute_dtype(x)
     grad, exact = grad_y.to(dtype), x.to(dtype)
     if relu:

@@ -8,18 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float64)
+from odn_fast.reference.batch_norm_act import FLOATING, check_given
 
 
 def check(features: list[Tensor], weights: list[Tensor], biases: list[Tensor], target: Tensor) -> None:
     """Raise ValueError naming the first argument that breaks the contract of `exit_heads`."""
-    if not features:
-        raise ValueError("exit_heads: features is empty, expected one feature map per depth")
-    for name, parameters in (("weights", weights), ("biases", biases)):
-        if len(parameters) != len(features):
-            raise ValueError(
-                f"exit_heads: {name} has {len(parameters)} entries, expected {len(features)}, one per feature map"
-            )
+    check_counts(features, weights, biases)
     first = features[0]
     if first.dim() != 4:
         raise ValueError(f"exit_heads: features[0] has shape {tuple(first.shape)}, expected (N, C, H, W)")
@@ -49,6 +43,43 @@ def check(features: list[Tensor], weights: list[Tensor], biases: list[Tensor], t
     if target.shape != (batch,):
         raise ValueError(f"exit_heads: target has shape {tuple(target.shape)}, expected ({batch},)")
     _check_kind("target", target, (torch.int64,), first.device)
+
+
+def check_counts(features: list[Tensor], weights: list[Tensor], biases: list[Tensor]) -> None:
+    if not features:
+        raise ValueError("exit_heads: features is empty, expected one feature map per depth")
+    for name, parameters in (("weights", weights), ("biases", biases)):
+        if len(parameters) != len(features):
+            raise ValueError(
+                f"exit_heads: {name} has {len(parameters)} entries, expected {len(features)}, one per feature map"
+            )
+
+
+def check_backward(
+    grad_losses: Tensor,
+    pooled: Tensor,
+    logit_gradients: Tensor,
+    weights: list[Tensor],
+    positions: list[int],
+    feature_dtype: torch.dtype,
+) -> None:
+    """Raise ValueError naming the first argument that breaks the contract of `exit_heads_backward`."""
+    op, depths = "exit_heads_backward", len(weights)
+    if not depths or len(positions) != depths:
+        raise ValueError(f"{op}: there are {depths} weights and {len(positions)} positions, expected one of each a depth")
+    if logit_gradients.dim() != 3 or feature_dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: logit_gradients has shape {tuple(logit_gradients.shape)} and feature_dtype is {feature_dtype},"
+            f" expected ({depths}, N, K) and {', '.join(map(str, FLOATING))}"
+        )
+    batch, classes = logit_gradients.shape[1:]
+    exact = (torch.float64 if feature_dtype == torch.float64 else torch.float32,)
+    channels = [weight.shape[-1] if weight.dim() else 0 for weight in weights]
+    check_given(op, logit_gradients.device, (
+        ("logit_gradients", logit_gradients, (depths, batch, classes), exact),
+        ("pooled", pooled, (batch, sum(channels)), exact), ("grad_losses", grad_losses, (depths,), FLOATING),
+        *((f"weights[{depth}]", weight, (classes, channels[depth]), FLOATING) for depth, weight in enumerate(weights)),
+    ))  # fmt: skip
 
 
 def _check_kind(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
@@ -114,6 +145,7 @@ def exit_heads_backward(
     of its feature map, so that expanding it gives the feature's gradient; D weight gradients (K, C_d) in the
     dtype of the weights; the bias gradients (D, K).
     """
+    check_backward(grad_losses, pooled, logit_gradients, weights, positions, feature_dtype)
     pooled_gradients, weight_gradients = [], []
     scaled = grad_losses.to(pooled.dtype)[:, None, None] * logit_gradients
     for depth, pool in enumerate(pooled.split([weight.shape[1] for weight in weights], dim=1)):

@@ -1,7 +1,7 @@
 """Separable convolution in plain PyTorch: depthwise 3x3, pointwise 1x1, batch norm, residual, ReLU.
 
-`check` and `check_infer` are the one place where arguments are validated; the public functions, the fakes and this
-reference all call them. The pieces that work on one convolution are shared with `separable_unit`.
+`check`, `check_infer` and `check_backward` are the one place where arguments are validated; the public functions, the
+fakes and this reference call them. The pieces that work on one convolution are shared with `separable_unit`.
 """
 
 import torch
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odn_fast.reference.batch_norm_act import (
+    FLOATING,
     batch_norm_gradients,
+    check_given,
     check_tensor,
     check_values_per_channel,
     check_vectors,
@@ -34,6 +36,30 @@ def check(
     if residual is not None:
         check_tensor(op, "residual", residual, output, x.device)
     check_values_per_channel(op, x, output)
+
+
+def check_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    dw: Tensor,
+    pw: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    y: Tensor | None,
+    z: Tensor,
+    z_mean: Tensor,
+    var: Tensor,
+    stride: int,
+) -> None:
+    """Raise ValueError naming the first argument that breaks the contract of `separable_conv_train_backward`."""
+    op = "separable_conv_train_backward"
+    output = check_convolutions(op, x, ("dw", dw), ("pw", pw), stride)
+    channels, own, exact = output[1:2], (x.dtype,), (compute_dtype(x),)
+    check_given(op, x.device, (
+        ("grad_y", grad_y, output, FLOATING), ("y", y, output, own), ("z", z, output, own),
+        ("bn_weight", bn_weight, channels, FLOATING), ("bn_bias", bn_bias, channels, FLOATING),
+        ("z_mean", z_mean, channels, exact), ("var", var, channels, exact),
+    ))  # fmt: skip
 
 
 def check_infer(
@@ -171,6 +197,7 @@ def separable_conv_train_backward(
     The gradient of x and that of the residual are in x's dtype, those of parameters in the parameter's. The
     gradient of x has shape (0,) if it is not needed; that of the residual if y is None: without ReLU it is grad_y.
     """
+    check_backward(grad_y, x, dw, pw, bn_weight, bn_bias, y, z, z_mean, var, stride)
     dtype = compute_dtype(x)
     grad, z = grad_y.to(dtype), z.to(dtype)
     if relu:

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odn_fast.reference.batch_norm_act import (
+    FLOATING,
     batch_norm_gradients,
+    check_given,
     check_tensor,
     check_values_per_channel,
     check_vectors,
@@ -38,11 +40,7 @@ def check(
     op = "separable_unit_train"
     if stride not in STRIDES:
         raise ValueError(f"{op}: stride is {stride}, expected 1, 2 or 4")
-    for name, tensors in (("first", first), ("second", second)):
-        if len(tensors) != 4:
-            raise ValueError(f"{op}: {name} has {len(tensors)} entries, expected 4: dw, pw, bn_weight and bn_bias")
-    if len(skip) not in (0, 3):
-        raise ValueError(f"{op}: skip has {len(skip)} entries, expected none, or 3: pw, bn_weight and bn_bias")
+    check_counts(first, second, skip)
     batch, channels, height, width = check_convolutions(
         op, x, ("first[0]", first[0]), ("first[1]", first[1]), STRIDES[stride][0]
     )
@@ -61,6 +59,48 @@ def check(
     second_stride = STRIDES[stride][1]
     output = (batch, channels, output_size(height, second_stride), output_size(width, second_stride))
     check_values_per_channel(op, x, output)
+
+
+def check_counts(first: list[Tensor], second: list[Tensor], skip: list[Tensor]) -> None:
+    op = "separable_unit_train"
+    for name, tensors in (("first", first), ("second", second)):
+        if len(tensors) != 4:
+            raise ValueError(f"{op}: {name} has {len(tensors)} entries, expected 4: dw, pw, bn_weight and bn_bias")
+    if len(skip) not in (0, 3):
+        raise ValueError(f"{op}: skip has {len(skip)} entries, expected none, or 3: pw, bn_weight and bn_bias")
+
+
+def check_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    first: list[Tensor],
+    second: list[Tensor],
+    skip: list[Tensor],
+    y: Tensor,
+    zs: list[Tensor],
+    z_means: list[Tensor],
+    vars: list[Tensor],
+    identity: bool,
+    stride: int,
+) -> None:
+    """Raise ValueError naming the first argument that breaks the contract of `separable_unit_train_backward`."""
+    op = "separable_unit_train_backward"
+    check(x, first, second, skip, identity, stride)
+    convolutions = 3 if skip else 2
+    for name, tensors in (("zs", zs), ("z_means", z_means), ("vars", vars)):
+        if len(tensors) != convolutions:
+            raise ValueError(f"{op}: {name} has {len(tensors)} entries, expected {convolutions}, one a pointwise convolution")
+    batch, channels, sizes = x.shape[0], first[1].shape[0], [x.shape[2:]]
+    for each in STRIDES[stride]:
+        sizes.append([output_size(size, each) for size in sizes[-1]])
+    between, output = ((batch, channels, *size) for size in sizes[1:])
+    own, exact = (x.dtype,), (compute_dtype(x),)
+    given = [("grad_y", grad_y, output, FLOATING), ("y", y, output, own)]
+    for index, shape in zip(range(convolutions), (between, output, output), strict=False):
+        given.append((f"zs[{index}]", zs[index], shape, own))
+        given.append((f"z_means[{index}]", z_means[index], (channels,), exact))
+        given.append((f"vars[{index}]", vars[index], (channels,), exact))
+    check_given(op, x.device, given)
 
 
 def pooled(x: Tensor, stride: int) -> Tensor:
@@ -123,6 +163,7 @@ def separable_unit_train_backward(
     The gradient of x is in x's dtype, channels_last, and of shape (0,) if it is not needed; those of parameters are
     in the parameter's dtype. The map between the two convolutions is computed again, not saved.
     """
+    check_backward(grad_y, x, first, second, skip, y, zs, z_means, vars, identity, stride)
     dtype = compute_dtype(x)
     exact, zs = x.to(dtype), [z.to(dtype) for z in zs]
     grad = let_through(grad_y.to(dtype), y)
