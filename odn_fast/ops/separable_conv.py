@@ -203,6 +203,7 @@ library.impl("separable_conv_train", _SeparableConvTrain.apply, "Autograd")
 library.impl("separable_conv_infer", _SeparableConvInfer.apply, "Autograd")
 define_autocast(_train, _read_train, _read_train_on_cuda)
 define_autocast(_infer, _read_infer, _read_infer_on_cuda)
+# Triton first, here and for the unit: it was tested on a GPU; the CUDA kernels still have to show there what they can do.
 register_cuda(
     "separable_conv_train",
     [triton("separable_conv", "separable_conv_train"), _separable_conv_cuda.train],
@@ -215,7 +216,7 @@ register_cuda(
 )
 register_cuda(
     "separable_conv_train_backward",
-    [_separable_conv_cuda.train_backward, triton("separable_conv_backward", "separable_conv_train_backward")],
+    [triton("separable_conv_backward", "separable_conv_train_backward"), _separable_conv_cuda.train_backward],
     lambda *args: reference.check_backward(*args[:11]),
 )
 

@@ -145,12 +145,12 @@ library.impl("separable_unit_train", _autograd, "Autograd")
 define_autocast(_train, _read, _read_on_cuda)
 register_cuda(
     "separable_unit_train",
-    [_separable_conv_cuda.unit_train, triton("separable_unit", "separable_unit_train")],
+    [triton("separable_unit", "separable_unit_train"), _separable_conv_cuda.unit_train],
     lambda *args: reference.check(*args[:6]),
 )
 register_cuda(
     "separable_unit_train_backward",
-    [_separable_conv_cuda.unit_train_backward, triton("separable_unit", "separable_unit_train_backward")],
+    [triton("separable_unit", "separable_unit_train_backward"), _separable_conv_cuda.unit_train_backward],
     lambda *args: reference.check_backward(*args[:11]),
 )
 
