@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from string import Template
 
+_WARNINGS = 6  # shown without unfolding
+_UNFOLDED = 30  # rows of a table
 _TEMPLATE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -60,6 +62,7 @@ tr.found td { background: var(--found); font-weight: 600; }
 tr.untrained td { color: var(--soft); }
 pre { margin: .5rem 0 0; padding: .8rem 1rem; background: var(--page); border-radius: 6px; overflow-x: auto; font-size: .85rem; }
 summary { cursor: pointer; }
+section > details { margin-top: 1.25rem; } details .table { margin-top: .6rem; }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --line: #ccc; --page: #fff; --card: #fff; --found: #eee; }
   main { max-width: none; padding: 0; } body { font-size: 12px; } .plot svg { min-width: 0; }
@@ -84,7 +87,12 @@ def page(title: str, state: str, headline: str, lead: str, notes: Iterable[str],
          sections: Iterable[tuple[str, str]]) -> str:
     """The whole document. `lead` and the bodies of `sections` are HTML; everything else is text and is escaped."""
     items = [f"<li>{_glued(note)}</li>" for note in notes]
-    items += [f"<li class='warning'>Warning: {escaped(text)}</li>" for text in warned]
+    warnings = [f"<li class='warning'>Warning: {escaped(text)}</li>" for text in warned]
+    items += warnings[:_WARNINGS]
+    if len(warnings) > _WARNINGS:
+        more = "".join(warnings[_WARNINGS:])
+        items.append(f"<li class='warning'><details><summary>{len(warnings) - _WARNINGS} more warnings</summary>"
+                     f"<ul class='notes'>{more}</ul></details></li>")
     return _TEMPLATE.substitute(
         title=escaped(title), state=state, headline=_glued(headline), lead=lead, notes="".join(items),
         sections="\n".join(f"<section><h2>{escaped(heading)}</h2>{body}</section>" for heading, body in sections))
@@ -128,6 +136,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str, kin
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></div>")
 
 
+def foldable(body: str, summary: str, rows: int) -> str:
+    """A table that is folded away where it is long."""
+    return f"<details{' open' if rows <= _UNFOLDED else ''}><summary>{escaped(summary)}</summary>{body}</details>"
+
+
 def escaped(text: str) -> str:
     return html.escape(printable(text, keep="\n\t"))
 
@@ -154,17 +167,34 @@ def milliseconds(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def millions(value: int) -> str:
+    """126.6 M, 2.54 M, 0.99 M: FLOPs."""
+    return f"{value / 1e6:,.{1 if value >= 1e7 else 2 if value >= 1e5 else 4}f} M"
+
+
+def points(value: float) -> str:
+    """A difference of accuracies: +0.33, −1.20, 0.00."""
+    return f"{value:+.2f}".replace("-", "−") if round(value, 2) else "0.00"
+
+
+def share(value: float, whole: float) -> str:
+    return f"{100 * value / whole:.1f} %"
+
+
 def counted(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def listed(depths: Sequence[int]) -> str:
-    """depth 2; depths 1 and 3; depths 1–32."""
-    if len(depths) == 1:
-        return f"depth {depths[0]}"
-    if len(depths) > 2 and list(depths) == list(range(depths[0], depths[-1] + 1)):
-        return f"depths {depths[0]}–{depths[-1]}"
-    return f"depths {', '.join(map(str, depths[:-1]))} and {depths[-1]}"
+def listed(numbers: Sequence[int], what: str = "depth") -> str:
+    """depth 2; depths 1 and 3; depths 1–32; depths 1, 2 and 5–9: of rising numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [text for run in runs for text in ([f"{run[0]}–{run[-1]}"] if len(run) > 2 else map(str, run))]
+    return f"{what}{'' if len(numbers) == 1 else 's'} {', '.join(texts[:-1])}{' and ' if len(texts) > 1 else ''}{texts[-1]}"
 
 
 def reduction(value: float, full: float) -> str:

@@ -69,14 +69,20 @@ class Part:
 
 
 def training_curves(parts: Sequence[Part], lines: Sequence[tuple[str, float, str, str]], images: int,
-                    beside: Sequence[Part] = ()) -> str:
-    """Accuracy and training loss over all epochs of `parts` end to end; see `draw_lines`. The validation accuracy of the
-    trainings in `beside` is drawn from epoch 1 on, for comparison."""
+                    beside: Sequence[Part] = (), points: Sequence[tuple[int, float]] = ()) -> str:
+    """Accuracy and training loss over all epochs of `parts` end to end.
+
+    Args:
+        lines: see `draw_lines`.
+        images: size of the validation split.
+        beside: trainings whose validation accuracy is drawn from epoch 1 on, for comparison.
+        points: (epoch, validation accuracy) read outside the epochs' own validation.
+    """
     def draw(figure: Figure):
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
         ends = list(accumulate(len(part.epochs) for part in parts))
         spans = [(part, end - len(part.epochs) + 1, end) for part, end in zip(parts, ends)]
-        _draw_curves(top, spans, lines, images, beside)
+        _draw_curves(top, spans, lines, images, beside, points)
         _draw_losses(bottom, spans)
         bottom.set_xlabel("epochs, end to end")
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
@@ -104,7 +110,7 @@ def confusion_plot(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str
     return rendered("confusion", (5.6, 5.4), "Confusion matrix", draw)
 
 
-def _draw_curves(axes, spans, lines, images, beside):
+def _draw_curves(axes, spans, lines, images, beside, points):
     scale = AccuracyScale(axes, images)
     total = spans[-1][2]
     for part, first, last in spans:
@@ -126,8 +132,10 @@ def _draw_curves(axes, spans, lines, images, beside):
                 if epoch["validation_accuracy"] is not None]
         if seen:
             axes.plot(*zip(*seen), color=part.colour, lw=1.1, label=part.label)
+    if points:
+        axes.plot([place for place, _ in points], [scale.at(accuracy) for _, accuracy in points], "o-", color=INK, ms=3.5, lw=1)
     if beside:
-        axes.legend(loc="lower right", frameon=False, fontsize=9)
+        axes.legend(loc="lower right", fontsize=9, framealpha=0.85, edgecolor="none")
     _mark_best(axes, scale, spans)
     draw_lines(axes, scale, lines)
     scale.finish()
@@ -174,7 +182,7 @@ def _mark_spans(top, bottom, spans):
     for part, first, last in spans:
         for axes in (top, bottom):
             axes.axvspan(first - 0.5, last + 0.5, color=part.shade, lw=0, zorder=0)
-            axes.axvline(first - 0.5, color="#aab2c0", lw=0.8, zorder=1)
+            axes.axvline(first - 0.5, color="#aab2c0", lw=0.8 if len(spans) <= 20 else 0.4, zorder=1)
     taken: list[tuple[float, float]] = []
     for part, first, last in sorted(spans, key=lambda span: (span[0].weight, span[1])):
         text = part.short if len(spans) > 8 else part.label
