@@ -148,7 +148,7 @@ BackwardTiling backward_tiling(const Convolution& c, int images, int rows, int c
   t.by_z_width = inverse(t.z_width), t.by_z_height = inverse(t.z_height);
   t.by_unit_columns = inverse(columns), t.by_unit_rows = inverse(rows);
   const int x_bytes = t.chunk * 2 + padding_bytes, z_bytes = c.out_channels * 2 + padding_bytes;
-  const int maps = t.z_pixels * (z_bytes + x_bytes) + (t.x_pixels + t.units * outputs) * x_bytes;
+  const int maps = t.z_pixels * z_bytes + (t.x_pixels + std::max(t.z_pixels, t.units * outputs)) * x_bytes;
   const int weights = c.out_channels * x_bytes + (12 * t.chunk + 5 * c.out_channels) * 4;
   const int tile = maps + weights + t.units * (static_cast<int>(sizeof(Unit)) + outputs * 4);
   const int splits = warps / (c.out_channels / 16);
@@ -156,23 +156,23 @@ BackwardTiling backward_tiling(const Convolution& c, int images, int rows, int c
   return t;
 }
 
-// The tile with which all blocks are done first, by a rough model in pixels: some of latency, the rest of work that the
-// blocks of a processor share.
+// The tile with which all blocks are done first, by a rough model in pixels: some of latency, some of leaving partial
+// sums, the rest of work that the blocks of a processor share. One alone leaves it idle at times.
 BackwardTiling choose_backward_tiling(const Convolution& c, const BackwardDevice& device) {
   const int unit_rows = upwards(c.height, 2), unit_columns = upwards(c.width, 2), chunk = chunk_of(c.in_channels);
-  const int latency = 16384 / (chunk + c.out_channels);
+  const int latency = 16384 / (chunk + c.out_channels), leaving = 4 * chunk * c.out_channels / (chunk + c.out_channels);
   BackwardTiling best{};
   double lowest = 0;
   for (int units : {4, 8, 16, 32, 64, 96, 128, 192, 256}) {
-    for (int columns = 1; columns <= std::min(units, unit_columns); columns++) {
+    for (int columns = std::min(units, unit_columns); columns >= 1; columns--) {  // wide ones first, of equals
       const int rows = std::min(units / columns, unit_rows);
       const bool whole = rows == unit_rows && columns == unit_columns;
       const BackwardTiling t = backward_tiling(c, whole ? std::min(c.batch, units / (rows * columns)) : 1, rows, columns);
       const int blocks = std::min(blocks_per_processor, device.shared_bytes / (t.shared_bytes + backward_beside));
       if (blocks == 0) continue;
       const int all = t.tiles * (c.in_channels / chunk), rounds = upwards(all, device.processors * blocks);
-      const int together = std::min(blocks, upwards(all, device.processors));
-      const double cost = rounds * (latency + together * (t.units * 4 + t.x_pixels + 2 * t.z_pixels) / 4.0);
+      const double together = std::max(1.6, static_cast<double>(std::min(blocks, upwards(all, device.processors))));
+      const double cost = rounds * (latency + together * (t.units * 4 + t.x_pixels + 2 * t.z_pixels) / 4.0) + together * leaving;
       if (best.tiles == 0 || cost < lowest) lowest = cost, best = t;
     }
   }

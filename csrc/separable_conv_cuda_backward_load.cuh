@@ -41,7 +41,7 @@ struct Layout {
   static constexpr int x_bytes = chunk * 2 + padding_bytes;  // of a pixel of x, d and dd, and of a row of pw
 
   int z_bytes;  // of a pixel of dz
-  unsigned char *dz, *dd, *x, *d, *pw;
+  unsigned char *dz, *x, *d, *dd, *pw;  // d and dd are one place, at different times
   float *dw, *coefficients, *in;  // (9, chunk), (5, out_channels): a, b, c, scale, shift; (3, chunk): scale, shift, mean
   Unit* units;
   int* own;  // for each of the tile's outputs, in the order of d, where its dz lies
@@ -50,10 +50,9 @@ struct Layout {
     shared += nothing();
     z_bytes = out_channels * 2 + padding_bytes;
     dz = shared;
-    dd = dz + tiling.z_pixels * z_bytes;
-    x = dd + tiling.z_pixels * x_bytes;
-    d = x + tiling.x_pixels * x_bytes;
-    pw = d + tiling.units * unit_outputs * x_bytes;
+    x = dz + tiling.z_pixels * z_bytes;
+    d = dd = x + tiling.x_pixels * x_bytes;
+    pw = d + max(tiling.units * unit_outputs, tiling.z_pixels) * x_bytes;
     dw = reinterpret_cast<float*>(pw + out_channels * x_bytes);
     coefficients = dw + 9 * chunk;
     in = coefficients + 5 * out_channels;

@@ -1,12 +1,13 @@
 // Backward of the separable convolution on CUDA devices: what a block does with its tiles, from the gradient of the
 // layer's result to that of x and to its share of those of dw and pw.
 //
-// A block of eight warps walks over tiles, for a chunk of 16, 32 or 64 input channels, with barriers between three
+// A block of eight warps walks over tiles, for a chunk of 16, 32 or 64 input channels, with barriers between five
 // phases, all in shared memory:
 //   1. the regions that the tile needs: x as it is, or normalised, and dz = a * g + b * z + c, rounded to bfloat16;
-//   2. dd = dz . pw on tensor cores, in the whole region, and the depthwise output d of the tile's own pixels;
-//   3. the transposed stencil of dd, which is the gradient of x, dd times x for that of dw, and on tensor cores dz^T . d
-//      for that of pw. Both are summed in registers over all tiles of the block.
+//   2. the depthwise output d of the tile's own pixels;
+//   3. dz^T . d on tensor cores, which is the gradient of pw, summed in registers over all tiles of the block;
+//   4. dd = dz . pw on tensor cores, in the whole region, where d was;
+//   5. the transposed stencil of dd, which is the gradient of x, and dd times x, which is that of dw, summed likewise.
 // A tile is made of units: squares of 2x2 pixels of x, with 2x2 outputs at stride 1 and with one output at stride 2.
 #pragma once
 
@@ -28,8 +29,6 @@ __device__ void load_transposed(uint32_t (&v)[4], const unsigned char* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
 }
-
-// ---- phase 2
 
 // dd = dz . pw, 16 pixels of the region at a time.
 template <int STRIDE, int STEPS>
@@ -119,8 +118,6 @@ __device__ void convolve_x(const BackwardTiling& tiling, const Layout<STRIDE, ST
     }
   }
 }
-
-// ---- phase 3
 
 // What a lane has summed over all tiles, of its two channels.
 struct Summed {
@@ -303,10 +300,12 @@ __global__ void __launch_bounds__(threads, blocks_per_processor) backward(const 
     wait_for_groups<0>();
     if (pass.in_norm.mean) normalise_x<STRIDE, STEPS>(p, at(), place);
     __syncthreads();
-    multiply_dz<STRIDE, STEPS>(at(), tiling.z_pixels, c.out_channels);
     convolve_x<STRIDE, STEPS>(tiling, at());
     __syncthreads();
     gradient_of_pw<STRIDE, STEPS>(at(), Rows(c.out_channels + nothing()), tiling.units * Layout<STRIDE, STEPS>::unit_outputs, of_pw);
+    __syncthreads();
+    multiply_dz<STRIDE, STEPS>(at(), tiling.z_pixels, c.out_channels);
+    __syncthreads();
     gradient_of_x<STRIDE, STEPS>(p, at(), place, first_channel, summed);
     __syncthreads();
     tile += blocks;
