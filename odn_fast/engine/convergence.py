@@ -46,6 +46,10 @@ class StoppingRule(Protocol):
     def finished(self, training: Training) -> str | None:
         """The outcome in a word, or None while training goes on."""
 
+    @property
+    def most_epochs(self) -> int | None:
+        """After how many epochs training ends at the latest, where that is known."""
+
 
 @dataclass(frozen=True)
 class CosineEpochs:
@@ -64,6 +68,41 @@ class CosineEpochs:
         if training.diverged:
             return "diverged"
         return "epochs" if training.epoch >= self.epochs else None
+
+    @property
+    def most_epochs(self) -> int:
+        return self.epochs
+
+
+@dataclass(frozen=True)
+class SteppedEpochs:
+    """A fixed number of epochs, the learning rate x 0.1 after a half and after three quarters of them (growth).
+
+    Validated epochs are compared by accuracy; of equals the later is the best, its learning rate being no higher.
+    """
+
+    epochs: int
+    lr: float
+    factor: float = 0.1
+
+    def learning_rate(self, training: Training) -> float:
+        drops = sum(training.epoch >= math.ceil(share * self.epochs) for share in (0.5, 0.75))
+        return self.lr * self.factor ** drops
+
+    def after_epoch(self, training: Training, accuracy: float | None) -> bool:
+        if accuracy is None or training.best_accuracy is not None and accuracy < training.best_accuracy:
+            return False
+        training.best_accuracy, training.best_epoch = accuracy, training.epoch
+        return True
+
+    def finished(self, training: Training) -> str | None:
+        if training.diverged:
+            return "diverged"
+        return "epochs" if training.epoch >= self.epochs else None
+
+    @property
+    def most_epochs(self) -> int:
+        return self.epochs
 
 
 @dataclass(frozen=True)
@@ -120,3 +159,7 @@ class Convergence:
         if self.cap is not None and training.epoch >= self.cap:
             return "cap"
         return None
+
+    @property
+    def most_epochs(self) -> int | None:
+        return self.exactly or self.cap

@@ -115,6 +115,12 @@ def channel_attention(student: Tensor, teacher: Tensor, standardize: bool) -> Te
     return _as_map(_Weights(q, k, standardize).values @ k, student)
 
 
+def attention_weights(student: Tensor, teacher: Tensor, standardize: bool) -> Tensor:
+    """The weights A (N, C_s, C_t) themselves, for looking at; student: (N, C_s, H, W); teacher: (N, C_t, H, W)."""
+    check("attention_weights", student, teacher)
+    return _Weights(*_rows(student, teacher), standardize).values
+
+
 def channel_attention_backward(grad: Tensor, student: Tensor, teacher: Tensor, standardize: bool) -> Tensor:
     """Gradient of sum(grad * channel_attention(student, teacher, standardize)) with respect to `student`."""
     check("channel_attention_backward", student, teacher)
