@@ -7,7 +7,8 @@ import pytest
 
 from odn_fast.models.student_graph import Count, Edge, Node, StudentGraph, count, deepen, initial_graph, widen
 from odn_fast.search.growth_rules import (
-    FULL, Limits, alpha, by_closeness, can_grow, choose_split, in_order, modification_value, place_between, shares)
+    FULL, Limits, alpha, by_closeness, can_grow, choose_split, in_order, modification_value, one_sided, place_between,
+    shares)
 
 RICH = Limits("params", 10**9)
 
@@ -145,7 +146,9 @@ def test_growth_ends_at_98_percent_or_when_nothing_fits():
 
 
 def test_shares_of_splits():
-    assert shares([1, 1, 2, 1]) == {1: 0.75, 2: 0.25}
+    assert shares([1, 1, 2, 1]) == {1: 0.75, 2: 0.25} and shares([]) == {}
+    assert one_sided([1] * 7) is None and one_sided([1, 1, 1, 2, 2, 2, 2, 1]) is None
+    assert one_sided([1, 1, 1, 2, 2, 2, 2, 2, 2]) == 2
 
 
 def test_width_of_new_nodes():

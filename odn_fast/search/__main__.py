@@ -1,59 +1,37 @@
-"""Command line of the searches: `python -m odn_fast.search [expand] [options]`."""
+"""Command line of the searches: `python -m odn_fast.search [expand|grow] [options]`."""
 
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
-from .. import models
-from .. import data as data_sets
-from ..config import ConfigError, ExpandConfig, flat, from_values, parse_value, read_yaml
+from ..config import Config, ConfigError, ExpandConfig, GrowConfig, from_values, read_yaml
 from ..engine import Interrupted
 from ..record import FolderError, RunError
 from .display import Display
 from .expansion import Result, resume_expansion, run_expansion
+from .growth import GrowResult, resume_growth, run_growth
+from .lifecycle import kind_of
+from .options import EXPAND, GROW, add_options, given_settings
 
-_EPILOG = """examples:
+_STATUS = """exit status: 0 the run ended{}; 1 the run could not go on, it can be
+resumed; 2 something asked for cannot be; 130 or 143 stopped by Ctrl-C or SIGTERM, state saved.
+"""
+_EXPAND_EPILOG = """examples:
   python -m odn_fast.search                                   digits, on the CPU, about a minute
   python -m odn_fast.search --dataset mnist --data-dir ~/data --target-accuracy 99
   python -m odn_fast.search --dataset imagefolder:photos --image-size 64 --test-fraction 0.1 --target-accuracy 90
   python -m odn_fast.search --resume runs/expand-mnist-resnet18-20260131-101500
+  python -m odn_fast.search grow --help                       the other search
 
-exit status: 0 the run ended (1 if --require-target and the target was not met); 1 the run could not go on, it can be
-resumed; 2 something asked for cannot be; 130 or 143 stopped by Ctrl-C or SIGTERM, state saved.
-"""
+""" + _STATUS.format(" (1 if --require-target and the target was not met)")
+_GROW_EPILOG = """examples:
+  python -m odn_fast.search grow                              digits, teacher and controls included, about a minute
+  python -m odn_fast.search grow --dataset cifar10 --data-dir ~/data --teacher resnet56.th --budget 0.4M
+  python -m odn_fast.search grow --dataset cifar10 --train-teacher resnet20 --budget-flops 20M --score random
+  python -m odn_fast.search --resume runs/grow-cifar10-resnet-56-20260131-101500
 
-# option, setting, type, metavar, help
-_OPTIONS: list[tuple[str, str, Callable, str, str]] = [
-    ("--model", "model", str, "NAME", f"network to split by depth: {', '.join(models.NAMES)}"),
-    ("--dataset", "data.dataset", str, "NAME", ', '.join(data_sets.NAMES)),
-    ("--data-dir", "data.data_dir", str, "DIR", "folder with the official files, in torchvision's layout; what is missing "
-                                                "is downloaded there"),
-    ("--image-size", "data.image_size", int, "PIXELS", "height and width that images of an image folder are brought to (default: 64)"),
-    ("--val-fraction", "data.val_fraction", float, "SHARE", "share of the training images used for validation, 0 to 1, where "
-                                                            "the data has no validation part (default: 0.1)"),
-    ("--test-fraction", "data.test_fraction", float, "SHARE", "share of the images used as test split, 0 to 1, where the data "
-                                                              "has none"),
-    ("--limit-train", "data.limit_train", int, "N", "use only N training images, every class in its proportion"),
-    ("--target-accuracy", "search.target_accuracy", float, "PERCENT", "accuracy wanted on validation"),
-    ("--tolerance", "search.tolerance", float, "POINTS", "a depth passes at target - tolerance, in points of percent"),
-    ("--initial-depth", "search.initial_depth", int, "D", "first depth that is trained, in blocks"),
-    ("--max-depth", "search.max_depth", int, "D", "last depth that is trained, in blocks (default: the model's full depth)"),
-    ("--epochs-cap", "search.epochs_cap", int, "N", "most epochs per depth while searching (fine-tuning is not bound)"),
-    ("--epochs-per-depth", "search.epochs_per_depth", lambda text: [int(part) for part in text.split(",")], "N,N,..",
-     "exact epochs for the first, second, ... depth in place of the stopping rule, without fine-tuning"),
-    ("--warm-up-epochs", "training.warm_up_epochs", int, "N", "epochs of training all depths at once; 0 for none"),
-    ("--batch-size", "training.batch_size", int, "N", "images per step"),
-    ("--lr", "training.lr", float, "RATE", "learning rate at the initial depth"),
-    ("--seed", "run.seed", int, "N", "decides initial weights, data order, augmentation and drawn splits"),
-    ("--threads", "run.threads", int, "N", "processor threads (default: as many as PyTorch takes, the number of cores)"),
-    ("--precision", "run.precision", str, "FORMAT", "auto, fp32 or bf16; auto takes bf16 where the processor computes in it"),
-    ("--device", "run.device", str, "DEVICE", "cpu or cuda"),
-    ("--checkpoint-minutes", "run.checkpoint_minutes", float, "MIN", "longest time between checkpoints, in minutes; one is "
-                                                                     "written at every epoch anyway"),
-    ("--baseline", "search.baseline", str, "WHICH", "none or full: train the full depth too, to compare accuracy"),
-]
+"""  + _STATUS.format("")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: display.warning(str(message))  # without its place in the code
-            return _expand(options, display)
+            return _SEARCHES[_kind(options)](options, display)
     except Interrupted as stop:
         display.close()
         print(f"stopped by {stop}; go on with: python -m odn_fast.search --resume "
@@ -86,27 +64,40 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(display, f"{error.filename or 'a file'}: {error.strerror}", 1)
 
 
+def _kind(options: dict[str, Any]) -> type[Config]:
+    """Which search is meant: a run that is to go on says so itself, and so does its config.yaml."""
+    if "resume" in options:
+        return kind_of(options["resume"])
+    named = options["command"]
+    if named == "expand" and "config" in options:
+        named = str(read_yaml(options["config"]).get("kind"))
+    return {"grow": GrowConfig}.get(named, ExpandConfig)
+
+
 def _expand(options: dict[str, Any], display: Display) -> int:
-    given = {setting: options[setting] for _, setting, *_ in _OPTIONS if setting in options}
-    if options.get("require_target"):
-        given["search.require_target"] = True
-    if options.get("no_malloc_tuning"):
-        given["run.malloc_tuning"] = False
-    for text in options.get("set", []):
-        path, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"set {text}: expected SETTING=VALUE, such as training.momentum=0.8")
-        given[path] = parse_value(path, value)
+    result = _run(options, ExpandConfig, run_expansion, resume_expansion, display)
+    _conclude(result, display)
+    return 1 if result.config.search.require_target and not result.target_met else 0
+
+
+def _grow(options: dict[str, Any], display: Display) -> int:
+    _conclude_growth(_run(options, GrowConfig, run_growth, resume_growth, display), display)
+    return 0
+
+
+_SEARCHES = {ExpandConfig: _expand, GrowConfig: _grow}
+
+
+def _run(options: dict[str, Any], kind: type[Config], run, resume, display: Display):
+    """A new run, or an earlier one that goes on."""
+    given = given_settings(options)
     if "resume" in options:
         if "config" in options or "out" in options:
             raise ConfigError("resume: takes neither --config nor --out; the run folder holds both")
-        from_values(given)
-        result = resume_expansion(options["resume"], given, display=display)
-    else:
-        base = read_yaml(options["config"]) if "config" in options else {}
-        result = run_expansion(from_values(given, base), options.get("out"), display=display)
-    _conclude(result, display)
-    return 1 if result.config.search.require_target and not result.target_met else 0
+        from_values(given, kind=kind)
+        return resume(options["resume"], given, display=display)
+    base = read_yaml(options["config"]) if "config" in options else {}
+    return run(from_values(given, base, kind), options.get("out"), display=display)
 
 
 def _conclude(result: Result, display: Display):
@@ -131,35 +122,55 @@ def _conclude(result: Result, display: Display):
     display.message(f"report: {result.folder / 'report.html'}")
 
 
+def _conclude_growth(result: GrowResult, display: Display):
+    def accuracies(validation: float | None, test: float | None) -> str:
+        if validation is None:
+            return "diverged"
+        return f"validation {validation:.2f} %, " + ("no test split" if test is None else f"test {test:.2f} %")
+
+    teacher = result.teacher
+    display.message(f"\ngrown: {result.params:,} parameters ({100 * result.params / teacher['params']:.1f} % of the teacher's), "
+                    f"{result.flops / 1e6:.2f} M FLOPs ({100 * result.flops / teacher['flops']:.1f} %), after {result.stages} stages")
+    rows = [("student", result.validation_accuracy, result.test_accuracy, ""),
+            *((f"control {entry['name']}", entry["validation_accuracy"], entry["test_accuracy"], f", {entry['epochs']} epochs")
+              for entry in result.controls)]
+    width = max(len(name) for name, *_ in rows)
+    for name, validation, test, note in rows:
+        display.message(f"{name:{width}}  {accuracies(validation, test)}{note}")
+    display.message(f"{'teacher':{width}}  validation {teacher['validation_accuracy']:.2f} %, test not read")
+    as_good = [entry["name"] for entry in result.controls
+               if entry["validation_accuracy"] is not None and entry["validation_accuracy"] >= result.validation_accuracy]
+    if as_good:
+        display.message(f"the same graph trained on {' or on '.join(as_good)} is as good on validation: these figures do not show "
+                        "that growth helped its weights" if as_good != ["scratch"] else
+                        "the same graph retrained from drawn weights is as good on validation")
+    display.message(f"model:  {result.folder / 'model'}")
+    display.message(f"report: {result.folder / 'report.html'}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m odn_fast.search", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m odn_fast.search", epilog=_EXPAND_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Search the smallest network that meets a target. `expand` is the default.")
-    commands = parser.add_subparsers(dest="command", metavar="expand")
+    commands = parser.add_subparsers(dest="command", metavar="expand|grow")
+    common = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS, "allow_abbrev": False}
     expand = commands.add_parser(
         "expand", help="find the smallest depth of a network that meets a target accuracy (Optimally Deep Networks)",
         description="Find the smallest depth of a network that meets a target accuracy: warm up all depths in one pass, "
-                    "train from shallow to deep until the target is met, fine-tune, extract.",
-        epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-        allow_abbrev=False)
-    defaults = flat(ExpandConfig())
-    for option, setting, kind, metavar, text in _OPTIONS:
-        default = defaults[setting]
-        note = "depends on the data set" if default is None and setting in _FROM_RECIPE else default
-        note = "" if note is None else f" (default: {note})"
-        expand.add_argument(option, dest=setting, type=kind, metavar=metavar, help=text + note)
-    expand.add_argument("--require-target", action="store_true", help="exit with status 1 if no depth meets the target")
-    expand.add_argument("--no-malloc-tuning", action="store_true",
-                        help="leave the C library's allocator as it is (default: tuned to keep large blocks)")
-    expand.add_argument("--out", metavar="DIR", help="run folder to make (default: a new one in runs/)")
-    expand.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; give nothing else")
-    expand.add_argument("--config", metavar="FILE", help="YAML file with settings, such as a run's config.yaml; options go first")
-    expand.add_argument("--set", metavar="SETTING=VALUE", action="append",
-                        help="any setting by its path, such as training.weight_decay=1e-4; may be repeated")
+                    "train from shallow to deep until the target is met, fine-tune, extract.", epilog=_EXPAND_EPILOG, **common)
+    add_options(expand, EXPAND, ExpandConfig)
+    expand.add_argument("--require-target", dest="search.require_target", action="store_true",
+                        help="exit with status 1 if no depth meets the target")
+    grow = commands.add_parser(
+        "grow", help="grow a teacher's student until it fills a budget of parameters or FLOPs (SEArch)",
+        description="Grow a student for a teacher: from one unit on, distil the teacher's inner maps into it, find the node with "
+                    "most to gain, split its edge, until the budget is filled; retrain on labels; train controls to compare with.",
+        epilog=_GROW_EPILOG, **common)
+    add_options(grow, GROW, GrowConfig)
+    grow.add_argument("--no-standardize", dest="growth.standardize", action="store_false",
+                      help="take the paper's attention literally (Eq. 1); it is known to shrink students to zero (default: queries "
+                           "and keys are standardised)")
     return parser
-
-
-_FROM_RECIPE = ("search.target_accuracy", "search.epochs_cap", "training.lr", "training.warm_up_epochs")
 
 
 def _fail(display: Display, error: Exception | str, status: int) -> int:

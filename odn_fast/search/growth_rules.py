@@ -14,7 +14,7 @@ from ..models.student_graph import Count, Edge, Node, StudentGraph, count, deepe
 FULL = 7  # B_op: units of an edge that is not deepened any more
 APPENDED = 3  # units that a deepening appends, where there is room and budget
 ENOUGH = 0.98  # of the budget: growth ends there
-ONE_SIDED = 0.5  # share of all splits from which one node's is worth a warning
+ONE_SIDED, ENOUGH_SPLITS = 0.5, 8  # share of that many splits or more above which one node's is worth a warning
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ class Limits:
 
     def reached(self, cost: Count) -> bool:
         return getattr(cost, self.unit) >= ENOUGH * self.budget
+
+    def to_dict(self) -> dict:
+        """For events and manifests."""
+        return {"budget": self.budget, "budget_unit": self.unit, "max_flops": self.max_flops}
+
+    def __str__(self) -> str:
+        if self.unit == "flops":
+            return f"{self.budget / 1e6:.2f} M FLOPs"
+        return f"{self.budget:,} parameters" + (f" and {self.max_flops / 1e6:.2f} M FLOPs" if self.max_flops else "")
 
 
 @dataclass(frozen=True)
@@ -164,3 +173,9 @@ def can_grow(graph: StudentGraph, map_shapes: Sequence[tuple[int, int, int]], li
 def shares(nodes: Sequence[int]) -> dict[int, float]:
     """Every node's share of all splits; nodes: whose split each was."""
     return {node: splits / len(nodes) for node, splits in sorted(Counter(nodes).items())}
+
+
+def one_sided(nodes: Sequence[int]) -> int | None:
+    """The node that took more than half of the splits, or None; the first three splits have no choice and count for little."""
+    part = shares(nodes)
+    return next((node for node in part if len(nodes) >= ENOUGH_SPLITS and part[node] > ONE_SIDED), None)

@@ -1,7 +1,7 @@
 """The phases of a depth search: warm-up, search, fine-tuning, baseline, and what each of them leaves."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +9,8 @@ from torch import fx, nn
 
 from .. import __version__, export
 from ..config import ExpandConfig
-from ..data import Batches, DataSet, Split, evaluation_batches
-from ..engine import (Convergence, CosineEpochs, FitConfig, FitData, Training, accuracy, classification_loss,
-                      confusion, fit, measure_latency)
+from ..data import Batches, DataSet, Split
+from ..engine import Convergence, CosineEpochs, FitConfig, Training, accuracy, classification_loss, measure_latency
 from ..machine import environment
 from ..models import DepthNetwork, FoldedNetwork, profile
 from ..record import RunError, RunFolder
@@ -19,8 +18,7 @@ from .display import Display, Silent
 from .preview import depth_latencies
 from .recorder import Recorder
 from .state import RunState, training_to_dict
-
-_EVALUATION_BATCH = 512
+from .training import Plan, best_so_far, confusion_of, train
 
 
 @dataclass
@@ -265,28 +263,30 @@ def _train_depth(search: Search, rule: Convergence, lr: float) -> str:
 
 
 def _train(search: Search, network: nn.Module, loss, key: str, rule, lr: float, validate=None) -> str:
-    state, settings, data = search.state, search.config.training, search.data
+    settings, data = search.config.training, search.data
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=settings.momentum,
                                 weight_decay=settings.weight_decay, fused=True)
-    if state.training is None:
-        state.training = Training(lr)
-    else:
-        network.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
     batches = Batches(data.train, data.normalisation, settings.batch_size, search.config.run.seed,
                       augment=data.augment, drop_last=data.drop_last)
-    search.recorder.begin(batches, rule)
-    with search.recorder.interrupts.deferred():
-        outcome = fit(network, FitData(batches, key, validate), loss, optimizer, search.fit_config, search.recorder, rule,
-                      state.training)
-    state.model, state.optimizer = network.state_dict(), optimizer.state_dict()
-    return outcome
+    plan = Plan(key, _title(search.state), _goal(rule), loss, batches, rule, optimizer, validate)
+    return train(search.state, search.recorder, search.fit_config, network, plan)
+
+
+def _title(state: RunState) -> str:
+    return {"warm_up": "warm-up", "fine_tune": f"fine-tune depth {state.depth}",
+            "baseline": f"baseline depth {state.depth}"}.get(state.phase, f"depth {state.depth}")
+
+
+def _goal(rule: Convergence | CosineEpochs) -> Callable[[Training], str]:
+    """What the screen says that a training is after."""
+    if isinstance(rule, CosineEpochs):
+        return lambda training: "all depths"
+    need = f" of {rule.need:g} % needed" if rule.need is not None else ""
+    return lambda training: best_so_far(training) + need
 
 
 def _confusion(search: Search, network: nn.Module, split: Split, after_batch=lambda: None) -> torch.Tensor:
-    batches = evaluation_batches(split, search.data.normalisation, _EVALUATION_BATCH)
-    device = search.config.run.device
-    return confusion(network, ((x.to(device), y.to(device)) for x, y in batches), search.data.num_classes, after_batch)
+    return confusion_of(network, search.data, split, search.config.run.device, after_batch)
 
 
 def _extracted(search: Search, depth: int, weights: dict) -> fx.GraphModule:

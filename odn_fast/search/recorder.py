@@ -1,15 +1,30 @@
 """What happens at every step and epoch of a training: events, checkpoints, progress, and a clean stop."""
 
 import time
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import nn, optim
 
-from ..config import ExpandConfig
 from ..data import Batches
-from ..engine import Convergence, CosineEpochs, Interrupted, Interrupts, Training
+from ..engine import Convergence, Interrupted, Interrupts, StoppingRule, Training
 from ..record import RunFolder
 from .display import Display, Silent
-from .state import RunState
+
+
+class State(Protocol):
+    """What is stored of a run: where it stands, the training under way, and the state dicts that this goes on from."""
+
+    model: dict[str, Any] | None
+    optimizer: dict[str, Any] | None
+    training: Training | None
+    seconds: float
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Phase, and depth or stage, as events name them."""
+
+    def to_dict(self) -> dict: ...
 
 
 class Recorder:
@@ -17,19 +32,25 @@ class Recorder:
 
     Args:
         header: stored with every checkpoint, to be compared on resume (config, environment, data).
+        checkpoint_minutes: longest time between checkpoints within an epoch.
     """
 
-    def __init__(self, folder: RunFolder, display: Display | Silent, interrupts: Interrupts, state: RunState,
-                 header: dict, config: ExpandConfig):
+    def __init__(self, folder: RunFolder, display: Display | Silent, interrupts: Interrupts, state: State,
+                 header: dict, checkpoint_minutes: float):
         self.interrupts = interrupts
         self._folder, self._display, self._state = folder, display, state
-        self._header, self._config = header, config
+        self._header, self._minutes = header, checkpoint_minutes
         self._started = self._saved = time.monotonic()
         self._before = state.seconds
+        self._things, self._unit = "images", "%"
 
-    def begin(self, batches: Batches, rule: Convergence | CosineEpochs):
-        """Tell of the training to come, so that progress can be shown."""
-        self._batches, self._rule = batches, rule
+    def measured_in(self, things: str, unit: str):
+        """What a run's batches are made of, and the unit of what it reads on validation."""
+        self._things, self._unit = things, unit
+
+    def begin(self, batches: Batches, rule: StoppingRule, title: str, goal: Callable[[Training], str]):
+        """Tell of the training to come, so that progress can be shown: its name, and what it is after."""
+        self._batches, self._rule, self._title, self._goal = batches, rule, title, goal
         self._epoch_started, self._first_step = None, 0
 
     def seconds(self) -> float:
@@ -39,7 +60,7 @@ class Recorder:
     def step(self, model: nn.Module, optimizer: optim.Optimizer, training: Training):
         self.waiting(model, optimizer, training)
         now = time.monotonic()
-        if now - self._saved > 60 * self._config.run.checkpoint_minutes:
+        if now - self._saved > 60 * self._minutes:
             self._save(model, optimizer)
         if self._epoch_started is None:
             self._epoch_started, self._first_step = now, training.step
@@ -47,7 +68,7 @@ class Recorder:
         steps = training.step - self._first_step
         rate = steps / max(now - self._epoch_started, 1e-9)
         self._display.step(f"{self._where(training.epoch + 1)}, step {training.step}/{self._batches.steps_per_epoch}, "
-                           f"{rate * self._batches.images_per_epoch / self._batches.steps_per_epoch:,.0f} images/s, "
+                           f"{rate * self._batches.images_per_epoch / self._batches.steps_per_epoch:,.0f} {self._things}/s, "
                            f"{self._goal(training)}, {(self._batches.steps_per_epoch - training.step) / rate:.0f} s to "
                            "the end of the epoch" if steps else "")
 
@@ -57,18 +78,17 @@ class Recorder:
             raise Interrupted(self.interrupts.pending)
 
     def epoch(self, model: nn.Module, optimizer: optim.Optimizer, training: Training, summary: dict):
-        state = self._state
         self._epoch_started = None
-        self._folder.event("epoch", phase=state.phase, depth=state.depth, epoch=training.epoch, **summary,
+        self._folder.event("epoch", **self._state.place, epoch=training.epoch, **summary,
                            best_accuracy=training.best_accuracy, counter=training.counter)
         self._save(model, optimizer)
         loss = summary["losses"][-1]
         line = f"{self._where(training.epoch)}: loss {loss:.4f}"
         if summary["validation_accuracy"] is not None:
-            line += f", validation {summary['validation_accuracy']:.2f} %"
+            line += f", validation {summary['validation_accuracy']:.2f} {self._unit}"
         line += f", {self._goal(training)}"
         if summary["images_per_second"]:
-            line += f", {summary['images_per_second']:,.0f} images/s"
+            line += f", {summary['images_per_second']:,.0f} {self._things}/s"
         self._display.epoch(line + self._time_left(training, summary["seconds"]))
         self.waiting(model, optimizer, training)
 
@@ -83,27 +103,11 @@ class Recorder:
         self.checkpoint()
 
     def _where(self, epoch: int) -> str:
-        name = {"warm_up": "warm-up", "fine_tune": f"fine-tune depth {self._state.depth}",
-                "baseline": f"baseline depth {self._state.depth}"}.get(self._state.phase, f"depth {self._state.depth}")
-        last = self._epochs()
-        return f"{name}, epoch {epoch}" + (f"/{last}" if last else "")
-
-    def _goal(self, training: Training) -> str:
-        if isinstance(self._rule, CosineEpochs):
-            return "all depths"
-        best = "none yet" if training.best_accuracy is None else f"{training.best_accuracy:.2f} %"
-        need = f" of {self._rule.need:g} % needed" if self._rule.need is not None else ""
-        return f"best {best}{need}"
-
-    def _epochs(self) -> int | None:
-        """Most epochs of this training, where they are bounded."""
-        if isinstance(self._rule, CosineEpochs):
-            return self._rule.epochs
-        return self._rule.exactly or self._rule.cap
+        last = self._rule.most_epochs
+        return f"{self._title}, epoch {epoch}" + (f"/{last}" if last else "")
 
     def _time_left(self, training: Training, seconds: float) -> str:
-        last = self._epochs()
+        last, may_end_before = self._rule.most_epochs, isinstance(self._rule, Convergence)
         if last is not None:
-            bound = "" if isinstance(self._rule, CosineEpochs) else "at most "
-            return f", {bound}{max(0, last - training.epoch) * seconds:.0f} s left here"
+            return f", {'at most ' if may_end_before else ''}{max(0, last - training.epoch) * seconds:.0f} s left here"
         return f", at least {(self._rule.patience - training.counter) * seconds:.0f} s left here"

@@ -8,7 +8,7 @@ import torch
 
 from .. import __version__, _extension, export, models
 from .. import data as data_sets
-from ..config import ConfigError, ExpandConfig
+from ..config import ConfigError, ExpandConfig, GrowConfig
 from ..data import DataSet
 from ..engine import resolve_precision
 from ..machine import environment
@@ -22,7 +22,7 @@ def create_model(config: ExpandConfig, data: DataSet) -> DepthNetwork:
         return models.create(config.model, data.input_shape[0], data.num_classes)
 
 
-def load_data(config: ExpandConfig) -> DataSet:
+def load_data(config: ExpandConfig | GrowConfig) -> DataSet:
     given = config.data
     data = data_sets.load(given.dataset, given.data_dir, image_size=given.image_size, val_fraction=given.val_fraction,
                           test_fraction=given.test_fraction, seed=config.run.seed)
@@ -59,7 +59,7 @@ def check_device(device: str):
                           (" or cuda" if torch.cuda.is_available() else " (PyTorch sees no CUDA device)"))
 
 
-def run_environment(config: ExpandConfig) -> dict:
+def run_environment(config: ExpandConfig | GrowConfig) -> dict:
     """What the bits of a training depend on, beside the configuration."""
     here = environment()
     gpu = torch.cuda.get_device_name(config.run.device) if torch.device(config.run.device).type == "cuda" else "none"
@@ -68,8 +68,8 @@ def run_environment(config: ExpandConfig) -> dict:
             "precision": resolve_precision(config.run.precision, config.run.device)}
 
 
-def default_folder(config: ExpandConfig) -> Path:
-    """A new folder in `runs/`, named after data, model and time."""
-    name = f"expand-{config.data.dataset.split(':')[0]}-{config.model or 'model'}-{time.strftime('%Y%m%d-%H%M%S')}"
+def default_folder(search: str, dataset: str, model: str) -> Path:
+    """A new folder in `runs/`, named after search, data, model and time."""
+    name = f"{search}-{dataset.split(':')[0]}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
     return next(path for path in map(Path("runs").joinpath, names) if not path.exists())

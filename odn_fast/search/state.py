@@ -33,6 +33,10 @@ class RunState:
     readings: dict[str, dict] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @property
+    def place(self) -> dict[str, Any]:
+        return {"phase": self.phase, "depth": self.depth}
+
     def begin(self, phase: str, depth: int = 0):
         """Move on to a phase and depth with a fresh training."""
         self.phase, self.depth = phase, depth

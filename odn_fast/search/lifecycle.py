@@ -1,0 +1,205 @@
+"""How a run begins, goes on in another process, and is stopped; shared by both searches."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, _extension
+from ..config import Config, ConfigError, ExpandConfig, GrowConfig, absolute_paths, flat, from_values, read_yaml
+from ..data import DataSet, from_arrays
+from ..engine import FitConfig, Interrupted, Interrupts, resolve_precision, tune_allocator
+from ..machine import environment
+from ..record import RunFolder
+from .display import Display, Silent
+from .recorder import Recorder, State
+from .setup import check_device, load_data, run_environment
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a process at work in a run folder has: the recorder, how steps are computed, whether the allocator is tuned."""
+
+    recorder: Recorder
+    fit_config: FitConfig
+    tuned: bool
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A run folder with what it was made with, and the state its newest checkpoint holds, or None."""
+
+    folder: RunFolder
+    config: ExpandConfig | GrowConfig
+    data: DataSet
+    checksum: str
+    saved: dict | None
+
+
+def kind_of(path: str | Path) -> type[ExpandConfig] | type[GrowConfig]:
+    """Which search the run in folder `path` is of. A folder that is none is refused where it is opened."""
+    file = Path(path) / "config.yaml"
+    kinds = {"grow": GrowConfig}
+    return kinds.get(str(read_yaml(file).get("kind")), ExpandConfig) if file.is_file() else ExpandConfig
+
+
+def settings_of(path: str | Path) -> dict[str, Any]:
+    """The settings of the run in folder `path`, as dotted paths. Raises ConfigError."""
+    return flat(from_values({}, read_yaml(Path(path) / "config.yaml"), kind_of(path)))
+
+
+def from_settings(settings: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """Dotted values from settings named as tolerance or search_tolerance. Raises ConfigError for an unknown one."""
+    leaves = {path.rsplit(".", 1)[-1]: path for path in flat(kind())}  # lr, of two sections, is the later one's
+    names = {path.replace(".", "_"): path for path in flat(kind())} | leaves
+    unknown = [name for name in settings if name not in names]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no such setting; settings are {', '.join(leaves)}")
+    return {names[name]: value for name, value in settings.items()}
+
+
+def given_data(dataset: DataSet | None, train, validation, test, class_names, values: dict[str, Any]) -> DataSet | None:
+    """The data set that was handed over, or that arrays make; None where a name is to be loaded."""
+    seed, limit = values.get("run.seed", 0), values.get("data.limit_train")
+    if train is None:
+        if validation is not None or test is not None or class_names is not None:
+            raise ConfigError("validation, test and class_names: go with train, which is missing")
+        given = dataset
+    else:
+        if dataset is not None or values.get("data.dataset", "arrays") != "arrays":
+            raise ConfigError("train: does not go with dataset; give one of them")
+        fraction = values.get("data.val_fraction")
+        if fraction is not None and validation is not None:
+            raise ConfigError("val_fraction: makes no sense where validation is given")
+        given = from_arrays(train, validation, test, class_names, seed=seed,
+                            **({} if fraction is None else {"val_fraction": fraction}))
+    if given is not None:
+        for name in ("image_size", "test_fraction"):
+            if values.get(f"data.{name}") is not None:
+                raise ConfigError(f"{name}: makes no sense for data from Python")
+    return given.limit_train(limit, seed) if given is not None and limit else given
+
+
+def with_threads(config: Config) -> Config:
+    """The configuration with the number of threads that it is to be resumed with."""
+    return from_values({"run.threads": config.run.threads or torch.get_num_threads()}, config.model_dump(), type(config))
+
+
+@contextlib.contextmanager
+def reopened(path: str | Path, given: dict[str, Any], kind: type[Config], data: DataSet | None, handed_over: bool,
+             display: Display | Silent) -> Iterator[Reopened]:
+    """The run in folder `path`, checked against what it was made with; closed again if what happens inside fails.
+
+    Args:
+        given: settings the user repeated, as dotted paths; one that differs from the run's is refused.
+        data: again what the run was started with, where that came from Python.
+        handed_over: whether the model (or teacher) was given again in Python.
+    """
+    with contextlib.ExitStack() as on_error:
+        folder = on_error.enter_context(RunFolder.open(path))
+        config = from_values({}, read_yaml(folder.path / "config.yaml"), kind)
+        ours = flat(config)
+        repeated = flat(absolute_paths(from_values(given, kind=kind)))
+        for name in given:
+            if ours[name] != repeated[name] and name != "data.data_dir":  # files may have moved: their checksum is compared
+                raise ConfigError(f"resume {path}: {name} = {repeated[name]} contradicts the run's {ours[name]}; "
+                                  "give --resume alone, or start a new run")
+        check_device(config.run.device)
+        saved = folder.load_checkpoint()
+        warnings = list(folder.warnings)
+        if _needs_python(config) and not handed_over or data is None and config.data.dataset == "arrays":
+            raise ConfigError(f"resume {path}: the run was given its model or data in Python; resume it from there")
+        if saved and saved["config"] != ours:
+            name = next(name for name in ours if saved["config"].get(name) != ours[name])
+            raise ConfigError(f"{folder.path / 'config.yaml'}: {name} = {ours[name]} differs from the "
+                              f"{saved['config'].get(name)} that the run was made with; put it back, or start a new run")
+        place = {"data.data_dir": repeated["data.data_dir"]} if "data.data_dir" in given else {}
+        data = data or load_data(from_values(place, config.model_dump(), kind))
+        checksum = data.checksum()
+        if saved and saved["data"] != checksum:
+            raise ConfigError(f"resume {path}: the data set {config.data.dataset} is not the one the run was made with "
+                              "(its checksum differs); put the files back, or start a new run")
+        for name, ours_now in run_environment(config).items():
+            if saved and saved["environment"].get(name) != ours_now:
+                warnings.append(f"{name} is {ours_now}, the run was made with {saved['environment'].get(name)}: "
+                                "it goes on, but not to the same bits")
+        for text in warnings:
+            display.warning(text)
+            folder.event("warning", text=text)
+        yield Reopened(folder, config, data, checksum, saved)
+        on_error.pop_all()
+
+
+def _needs_python(config: ExpandConfig | GrowConfig) -> bool:
+    """Whether the model, or the teacher, has no name."""
+    if isinstance(config, GrowConfig):
+        return config.teacher.file is None and config.teacher.train is None
+    return isinstance(config, ExpandConfig) and config.model is None
+
+
+@contextlib.contextmanager
+def at_work(config: ExpandConfig | GrowConfig, checksum: str, folder: RunFolder, state: State, display: Display | Silent,
+            **header: Any) -> Iterator[Session]:
+    """While entered, this process works in the run: threads, allocator and signal handlers are set, and put back after it.
+
+    header: stored with every checkpoint beside configuration, environment and the data's checksum.
+    """
+    threads = torch.get_num_threads()
+    with folder, _naming(folder), Interrupts() as interrupts, contextlib.ExitStack() as after:
+        after.callback(torch.set_num_threads, threads)
+        after.callback(display.close)
+        torch.set_num_threads(config.run.threads)
+        stored = {"config": flat(config), "environment": run_environment(config), "data": checksum, **header}
+        recorder = Recorder(folder, display, interrupts, state, stored, config.run.checkpoint_minutes)
+        fit_config = FitConfig(resolve_precision(config.run.precision, config.run.device), config.run.device)
+        yield Session(recorder, fit_config, config.run.malloc_tuning and tune_allocator())
+
+
+@contextlib.contextmanager
+def _naming(folder: RunFolder):
+    """Say in an interruption which run can be resumed."""
+    try:
+        yield
+    except Interrupted as stop:
+        stop.folder = folder.path
+        raise
+
+
+def announce(title: str, config: ExpandConfig | GrowConfig, data: DataSet, session: Session, display: Display | Silent):
+    """The first lines of the first screen: what runs on what."""
+    test = len(data.test) if data.test else 0
+    shape = "x".join(map(str, data.input_shape))
+    precision = session.fit_config.precision
+    note = " (chosen by auto; weights, statistics and losses stay fp32)" if (
+        config.run.precision == "auto" and precision == "bf16") else ""
+    display.message(f"odn_fast {__version__}: {title} on {data.name} ({len(data.train):,} training, {len(data.validation):,} "
+                    f"validation, {test:,} test images of {shape}, {data.num_classes} classes)")
+    display.message(f"{config.run.threads} threads, training in {precision}{note}, allocator "
+                    f"{'tuned' if session.tuned else 'as it is'}, C++ ops {_instruction_set() or 'not built (plain PyTorch)'}, "
+                    f"seed {config.run.seed}")
+
+
+def record_start(config: ExpandConfig | GrowConfig, data: DataSet, checksum: str, folder: RunFolder, session: Session,
+                 **values: Any):
+    """The first event of a run."""
+    folder.event(
+        "start", version=__version__, **environment(), threads=config.run.threads, device=config.run.device,
+        precision=session.fit_config.precision, precision_requested=config.run.precision, malloc_tuned=session.tuned,
+        extension=_instruction_set(), **values, dataset={
+            "name": data.name, "checksum": checksum, "train": len(data.train), "validation": len(data.validation),
+            "test": len(data.test) if data.test else None, "input_shape": list(data.input_shape),
+            "class_names": list(data.class_names)})
+
+
+def _instruction_set() -> str | None:
+    return _extension.instruction_set() if _extension.available else None
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people to read."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,60 @@
+"""One training of a run, from its start or from where the run's state stands; shared by both searches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn, optim
+
+from ..data import Batches, DataSet, Split, evaluation_batches
+from ..engine import FitConfig, FitData, Loss, StoppingRule, Training, confusion, fit
+from .recorder import Recorder, State
+
+_EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training.
+
+    Attributes:
+        key: names it; with the seed and the epoch it decides order and augmentation.
+        title, goal: what the screen calls it, and says that it is after.
+        loss, batches, rule, optimizer: as `fit` takes them.
+        validate: percent of correct validation images, given a function to call between batches; None for none.
+    """
+
+    key: str
+    title: str
+    goal: Callable[[Training], str]
+    loss: Loss
+    batches: Batches
+    rule: StoppingRule
+    optimizer: optim.Optimizer
+    validate: Callable[[Callable[[], None]], float] | None = None
+
+
+def train(state: State, recorder: Recorder, fit_config: FitConfig, network: nn.Module, plan: Plan) -> str:
+    """Train until the plan's rule says why to stop; returns that outcome. At any time the state can be stored."""
+    if state.training is None:
+        state.training = Training(plan.optimizer.defaults["lr"])
+    else:
+        network.load_state_dict(state.model)
+        plan.optimizer.load_state_dict(state.optimizer)
+    recorder.begin(plan.batches, plan.rule, plan.title, plan.goal)
+    with recorder.interrupts.deferred():
+        outcome = fit(network, FitData(plan.batches, plan.key, plan.validate), plan.loss, plan.optimizer, fit_config, recorder,
+                      plan.rule, state.training)
+    state.model, state.optimizer = network.state_dict(), plan.optimizer.state_dict()
+    return outcome
+
+
+def best_so_far(training: Training) -> str:
+    """A goal that the screen can show of any training."""
+    return "best none yet" if training.best_accuracy is None else f"best {training.best_accuracy:.2f} %"
+
+
+def confusion_of(network: nn.Module, data: DataSet, split: Split, device: str,
+                 after_batch: Callable[[], None] = lambda: None) -> Tensor:
+    """Counts (K, K) of a network in eval mode over one of the data's splits."""
+    batches = evaluation_batches(split, data.normalisation, _EVALUATION_BATCH)
+    return confusion(network, ((x.to(device), y.to(device)) for x, y in batches), data.num_classes, after_batch)
