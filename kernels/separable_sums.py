@@ -116,8 +116,8 @@ def finish_norm(
 def gradient_sums(grad, y, z, norm, skip, relu, keep_masked, eps):
     """(g, norm's gradients, skip's gradients): g is grad masked if `keep_masked`, else grad itself, yet to be masked.
 
-    norm: (mean, var, weight, bias) of the batch norm of z; skip: None, or (z, mean, var, weight) of another whose
-    result is added before the ReLU. The gradients of each: (coefficients, weight's, bias's), as `finish_norm` has them.
+    norm: (mean, var, weight, bias) of the batch norm of z; skip: None, or (z, mean, var, weight, bias) of another
+    whose result is added before the ReLU. The gradients of each: (coefficients, weight's, bias's), as `finish_norm` has them.
     """
     channels = z.shape[1]
     pixels = z.numel() // channels
@@ -130,10 +130,10 @@ def gradient_sums(grad, y, z, norm, skip, relu, keep_masked, eps):
     masked = torch.empty_like(z) if keep_masked else None
     gradients = norm_gradients(norm)
     no_skip = (None, None, None)
-    skip_gradients = no_skip if skip is None else norm_gradients((*skip[1:], skip[3]))
+    skip_gradients = no_skip if skip is None else norm_gradients(skip[1:])
     launch(
         _sums, (programs, cdiv(channels, block)),
-        grad, y, z, *norm, *(skip or (None, *no_skip)), masked,
+        grad, y, z, *norm, *(skip[:4] if skip else (None, *no_skip)), masked,
         torch.empty((2 if skip is None else 3) * programs * channels, dtype=torch.float32, device=z.device), counter(z),
         *gradients, *skip_gradients, pixels, tiles, each, eps,
         num_warps=warps, num_stages=1, C=channels, RELU=relu, BM=tile, BC=block, ROWS=1024 * warps // block,

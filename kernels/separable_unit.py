@@ -50,7 +50,7 @@ def separable_unit_train_backward(
     ]
     adds = identity or bool(skip)
     grad, second_norm, skip_norm = gradient_sums(
-        grad_y, y if adds else None, zs[1], norms[1], (zs[2], *norms[2][:3]) if skip else None, True, adds, eps
+        grad_y, y if adds else None, zs[1], norms[1], (zs[2], *norms[2]) if skip else None, True, adds, eps
     )
     between, second_pw = pointwise_gradient(
         grad, zs[1], norms[1], second_norm[0], zs[0], *second[:2], norms[0], STRIDES[stride][1], not adds, eps

@@ -78,6 +78,18 @@ def test_accuracy_in_bfloat16(unit, parameter_dtype):
     check_accuracy(UNITS[unit], torch.bfloat16, parameter_dtype)
 
 
+def test_parameters_of_several_dtypes():
+    """Every gradient is in its own parameter's."""
+    inputs, identity, stride = make_inputs(UNITS["pooled"])
+    for group in inputs[1:]:
+        group[-1] = group[-1].bfloat16()
+    y, _, variances, zs, z_means = separable_unit.separable_unit_train(*on(DEVICE, inputs), identity, stride, EPS)
+    gradients = separable_unit.separable_unit_train_backward(
+        y, *on(DEVICE, inputs), y, zs, z_means, variances, identity, stride, EPS, True
+    )
+    assert [gradient.dtype for gradient in flat(gradients)] == [tensor.dtype for tensor in flat(inputs)]
+
+
 def test_a_layout_that_is_not_dense():
     check_accuracy(UNITS["pooled"], torch.float32, torch.float32, "channel_slice")
 
