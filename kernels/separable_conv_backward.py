@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import cdiv, counter, dense, dot_dtype, is_last, jit, launch, relu, rounded
+from ._common import cdiv, counter, dense, dot_dtype, is_last, jit, launch, processors, relu, rounded
 from ._tuned import blocks
 from .separable_conv import (
     NO_NORM,
@@ -312,9 +312,8 @@ def separable_conv_train_backward(
     )
     grad_x, dw_partial, _ = depthwise_gradient(between, x, kernel, NO_NORM, None, 1, stride, x_needs_grad, eps)
     reduce_weights((grad_pw, pw_partial, grad_dw, dw_partial), None, None, *pw.shape[1::-1])
-    nothing = x.new_empty(0)
     return (
-        grad_x if x_needs_grad else nothing, grad_dw, grad_pw, *gradients[1:], nothing.clone() if y is None else grad
+        grad_x if x_needs_grad else x.new_empty(0), grad_dw, grad_pw, *gradients[1:], x.new_empty(0) if y is None else grad
     )
 
 
@@ -354,6 +353,7 @@ CANDIDATES = {
     "separable_depthwise_backward": _depthwise_candidates,
 }
 LARGEST_OUTPUTS = 1024  # channels of a block of dz, which a product takes whole
+MOST_WAVES = 4  # of the above: programs of a multiprocessor, each with partial sums of its own
 
 
 def why_not(function, grad_y, x, dw, pw, bn_weight, bn_bias, y, z, z_mean, var, stride, *settings):
@@ -361,10 +361,15 @@ def why_not(function, grad_y, x, dw, pw, bn_weight, bn_bias, y, z, z_mean, var, 
     reasons = _common.why_not(
         x=x, grad_y=grad_y, dw=dw, pw=pw, bn_weight=bn_weight, bn_bias=bn_bias, y=y, z=z, z_mean=z_mean, var=var
     )
-    return reasons + too_many_outputs(pw) + too_large(z, x.shape[1], 1)
+    return reasons + too_many_weights(pw) + too_large(z, x.shape[1], 1)
 
 
-def too_many_outputs(pw: Tensor) -> list[str]:
-    if pw.shape[0] > LARGEST_OUTPUTS:
-        return [f"there are {pw.shape[0]} output channels; the Triton backward takes at most {LARGEST_OUTPUTS}"]
+def too_many_weights(pw: Tensor) -> list[str]:
+    """Reasons why a layer with these pointwise weights is too large."""
+    outputs, inputs = pw.shape[:2]
+    if outputs > LARGEST_OUTPUTS:
+        return [f"there are {outputs} output channels; the Triton backward takes at most {LARGEST_OUTPUTS}"]
+    sums = MOST_WAVES * processors(pw) * max(outputs, 9) * inputs
+    if sums > _common.LARGEST:
+        return [f"there may be {sums} partial sums of weights; the Triton backward indexes at most {_common.LARGEST}"]
     return []

@@ -9,7 +9,7 @@ import torch
 from . import _common
 from ._common import dense
 from .separable_conv import NO_NORM, dense_weight, normalised, pointwise_statistics, too_large
-from .separable_conv_backward import depthwise_gradient, pointwise_gradient, too_many_outputs, weight_like
+from .separable_conv_backward import depthwise_gradient, pointwise_gradient, too_many_weights, weight_like
 from .separable_sums import gradient_sums, reduce_weights
 
 STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}  # of the two depthwise convolutions, by the unit's
@@ -106,7 +106,7 @@ def why_not(function, *args):
     else:
         grad_y, x, first, second, skip, y, zs = args[:7]
         maps = {"x": x, "grad_y": grad_y, "y": y, **{f"zs[{index}]": z for index, z in enumerate(zs)}}
-        outputs = too_many_outputs(first[1]) + too_large(zs[0], x.shape[1], 1)
+        outputs = too_many_weights(first[1]) + too_many_weights(second[1]) + too_large(zs[0], x.shape[1], 1)
     parameters = {
         f"{name}[{index}]": parameter
         for name, group in (("first", first), ("second", second), ("skip", skip))

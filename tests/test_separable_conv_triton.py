@@ -183,3 +183,5 @@ def test_why_not():
     assert separable_conv_backward.why_not("separable_conv_train_backward", *backward) == []
     backward[3] = torch.empty(2000, 16, 1, 1, device=DEVICE)
     assert "2000 output channels" in separable_conv_backward.why_not("separable_conv_train_backward", *backward)[0]
+    backward[3] = torch.empty(1, 1, 1, 1, device=DEVICE).expand(1024, 300_000, 1, 1)
+    assert "partial sums" in separable_conv_backward.why_not("separable_conv_train_backward", *backward)[0]
