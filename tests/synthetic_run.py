@@ -33,6 +33,27 @@ def depth_event(phase: str, depth: int, outcome: str, accuracies: list) -> dict:
             "best_accuracy": best, "best_epoch": 1 + accuracies.index(best) if best is not None else 0, "seconds": 2.0 * len(accuracies)}
 
 
+def start_event(train: int, validation: int, test: int | None, names: list[str], shape: tuple = (1, 8, 8), name: str = "digits",
+                precision: str = "fp32", **values) -> dict:
+    dataset = {"name": name, "checksum": "ab12", "train": train, "validation": validation, "test": test,
+               "input_shape": list(shape), "class_names": names}
+    return {"event": "start", "version": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "processor": "Some CPU", "threads": 2,
+            "device": "cpu", "precision": precision, "precision_requested": "auto", "malloc_tuned": True, "extension": None,
+            **values, "dataset": dataset}
+
+
+def near_diagonal(classes: int, right: int) -> list[list[int]]:
+    """A confusion matrix in which one image of every class is taken for the next class."""
+    return [[right if row == column else int(column == (row + 1) % classes) for column in range(classes)] for row in range(classes)]
+
+
+def write_run(folder: Path, config: dict, events: list[dict], tail: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + tail)
+    return folder
+
+
 class Synthetic:
     """Events of a run. `searched`: {depth: (outcome, accuracies)}; `tuned`: fine-tuning's epochs against `final`."""
 
@@ -42,15 +63,10 @@ class Synthetic:
                  extra: tuple = (), tuned: tuple = (-0.3, 0.0, -0.1), search: dict | None = None):
         growth = 2.0 if depths <= 8 else 1.25
         self.names = classes or [str(digit) for digit in range(10)]
-        self.confusion = confusion or [[29 if row == column else int(column == (row + 1) % len(self.names))
-                                        for column in range(len(self.names))] for row in range(len(self.names))]
+        self.confusion = confusion or near_diagonal(len(self.names), 29)
         self.config = {"model": "resnet18", "search": {"target_accuracy": target, "tolerance": tolerance, "epochs_cap": cap,
                                                           **(search or {})}}
-        dataset = {"name": "digits", "checksum": "ab12", "train": 1197, "validation": validation, "test": test,
-                   "input_shape": [1, 8, 8], "class_names": self.names}
-        self.start = {"event": "start", "version": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "processor": "Some CPU",
-                      "threads": 2, "device": "cpu", "precision": precision, "precision_requested": "auto", "malloc_tuned": True,
-                      "extension": None, "model": "resnet18", "dataset": dataset}
+        self.start = start_event(1197, validation, test, self.names, precision=precision, model="resnet18")
         estimates = {"paper_flops": 1, "seconds_per_epoch": 2.0}
         table = {"event": "table", "rows": [sizes(depth, growth) | estimates for depth in range(1, depths + 1)]}
         self.before = [self.start, table, *epoch_events("warm_up", depths, [None] * warm_up, exits=depths)]
@@ -86,11 +102,7 @@ class Synthetic:
             "confusion": self.confusion, "confusion_split": "test" if test else "validation", "class_names": self.names}]
 
     def write(self, folder: Path, events: list | None = None, tail: str = "") -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
-        lines = [json.dumps(event) + "\n" for event in (self.before + self.search + self.after if events is None else events)]
-        (folder / "events.jsonl").write_text("".join(lines) + tail)
-        return folder
+        return write_run(folder, self.config, self.before + self.search + self.after if events is None else events, tail)
 
 
 def digits(**changes) -> Synthetic:

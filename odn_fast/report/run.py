@@ -24,9 +24,23 @@ _FIELDS = {
         "result": "depth target_met target_accuracy tolerance epochs_cap validation_accuracy test_accuracy seconds depths baseline "
                   "confusion confusion_split class_names",
     },
+    "grow": {
+        "start": f"{_START} limits",
+        "teacher": "name params flops maps validation_accuracy",
+        "resume": "",
+        "epoch": "phase stage epoch losses train_accuracies validation_accuracy lr seconds images_per_second improved",
+        "stage": "stage graph params flops validation_accuracy epochs seconds step_ms nodes",
+        "split": "stage kind node edge scores skipped",
+        "retrain": "epochs retrain_from",
+        "control": "name validation_accuracy test_accuracy epochs",
+        "test_reading": _READING,
+        "warning": "text",
+        "result": "params flops stages validation_accuracy test_accuracy controls collapsed seconds "
+                  "latency_ms latency_low_ms latency_high_ms confusion confusion_split class_names",
+    },
 }
 # Settings without which a configuration is of no such run.
-_NEEDED = {"expand": ("search", "target_accuracy", "tolerance")}
+_NEEDED = {"expand": ("search", "target_accuracy", "tolerance"), "grow": ("growth", "budget", "budget_flops")}
 
 
 @dataclass(frozen=True)
