@@ -50,8 +50,9 @@ def why_not(function: str, *args) -> list[str]:
 
 
 def _same_dtype(tensors: list[Tensor], name: str) -> list[str]:
-    dtypes = {tensor.dtype for tensor in tensors}
-    return [f"{name} has several dtypes; the Triton kernels take one"] if len(dtypes) > 1 else []
+    first = tensors[0].dtype
+    different = [tensor for tensor in tensors if tensor.dtype != first]
+    return [f"{name} has several dtypes; the Triton kernels take one"] if different else []
 
 
 def _forward_candidates(same: tuple[int, ...]) -> list[dict]:
@@ -89,10 +90,11 @@ def exit_heads(
     target = dense(target)
     depths, batch, classes = len(features), target.shape[0], weights[0].shape[0]
     channels = [weight.shape[1] for weight in weights]
-    losses = torch.empty(depths, dtype=torch.float32, device=target.device)
-    correct = target.new_empty(depths)
-    pooled = losses.new_empty(batch, sum(channels))
-    logit_gradients = losses.new_empty(depths, batch, classes)
+    exact = {"dtype": torch.float32, "device": target.device}
+    losses = torch.empty(depths, **exact)
+    correct = torch.empty(depths, dtype=torch.int64, device=target.device)
+    pooled = torch.empty((batch, sum(channels)), **exact)
+    logit_gradients = torch.empty((depths, batch, classes), **exact)
     if batch == 0:
         return losses.fill_(math.nan), correct.zero_(), pooled, logit_gradients
 
@@ -116,7 +118,7 @@ def exit_heads(
         target,
         pooled,
         logit_gradients,
-        losses.new_empty(2 * depths * batch),
+        torch.empty(2 * depths * batch, **exact),
         losses,
         correct,
         counter(target),
@@ -269,9 +271,9 @@ def exit_heads_backward(
     weights = [dense(weight) for weight in weights]
     depths, batch, classes = logit_gradients.shape
     channels = [weight.shape[1] for weight in weights]
-    pooled_gradients = [pooled.new_empty(batch, c, 1, 1, dtype=feature_dtype) for c in channels]
+    pooled_gradients = [torch.empty((batch, c, 1, 1), dtype=feature_dtype, device=pooled.device) for c in channels]
     weight_gradients = [torch.empty_like(weight) for weight in weights]
-    bias_gradients = pooled.new_empty(depths, classes)
+    bias_gradients = torch.empty((depths, classes), dtype=torch.float32, device=pooled.device)
 
     vector = math.gcd(8, *channels)
     padded = next_power_of_2(depths)

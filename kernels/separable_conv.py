@@ -273,9 +273,11 @@ def _normalise(
 
 def dense_weight(dw: Tensor) -> tuple[Tensor, Tensor | None]:
     """dw (C, 1, 3, 3), and memory for `tap_major`; None where dw already has taps by channels."""
-    if dw.permute(2, 3, 1, 0).is_contiguous() and (dw.is_meta or dw.data_ptr() % 16 == 0):
+    aligned, contiguous = dw.data_ptr() % 16 == 0, dw.is_contiguous()
+    if aligned and not contiguous and dw.permute(2, 3, 1, 0).is_contiguous():
         return dw, None
-    return dense(dw.flatten(1)), torch.empty(9 * dw.shape[0], dtype=torch.float32, device=dw.device)
+    taps = torch.empty(9 * dw.shape[0], dtype=torch.float32, device=dw.device)
+    return dw if aligned and contiguous else dense(dw.flatten(1)), taps
 
 
 def padded(channels: int, largest: int) -> int:
