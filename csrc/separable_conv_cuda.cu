@@ -275,9 +275,9 @@ int divide_up(int a, int b) { return (a + b - 1) / b; }
 // Column tiles of the tensor cores in a chunk of output channels.
 int column_tiles(int out_channels) { return out_channels % 32 == 0 ? 4 : 2; }
 
-// The tile with `groups` groups of pixels that computes and reads least.
-Tiling tiling_of(const Convolution& c, int groups) {
-  const int squares = groups * 8, image_rows = divide_up(c.out_height, 2), image_columns = divide_up(c.out_width, 2);
+// The tile of at most so many squares, in `groups` groups, that computes and reads least.
+Tiling tiling_of(const Convolution& c, int groups, int squares) {
+  const int image_rows = divide_up(c.out_height, 2), image_columns = divide_up(c.out_width, 2);
   Tiling best{};
   int64_t lowest = INT64_MAX;
   for (int columns = 1; columns <= std::min(squares, image_columns); columns++) {
@@ -308,17 +308,22 @@ Tiling buffered(const Convolution& c, Tiling t, int buffers) {
   return t;
 }
 
-// Large tiles read less of x twice; small ones keep all processors busy, with two blocks each where they fit.
-Tiling choose_tiling(const Convolution& c, const Device& device) {
+// Large tiles read less of x twice; small ones keep all processors busy, with two blocks each where they fit. Eight squares
+// of as many small images read more than eight of one image: where that does not fit, fewer, but not less than `fewest`.
+Tiling choose_tiling(const Convolution& c, const Device& device, int fewest) {
   for (int blocks = blocks_per_processor; blocks >= 1; blocks--) {
     for (int groups = 8; groups >= 1; groups /= 2) {
-      const Tiling tiling = tiling_of(c, groups);
+      const Tiling tiling = tiling_of(c, groups, 8 * groups);
       if (2 * tiling.tiles < 3 * device.processors && groups > 2) continue;
       for (int buffers = tiling.tiles > blocks * device.processors ? 2 : 1; buffers >= 1; buffers--) {
         const Tiling result = buffered(c, tiling, buffers);
         if (result.shared_bytes <= device.shared_bytes / blocks - beside) return result;
       }
     }
+  }
+  for (int squares = 4; squares >= fewest; squares /= 2) {
+    const Tiling result = buffered(c, tiling_of(c, 1, squares), 1);
+    if (result.shared_bytes <= device.shared_bytes - beside) return result;
   }
   return {};
 }
@@ -342,7 +347,7 @@ cudaError_t plan(const void* kernel, const Convolution& c, Plan& result) {
     result = found->second;
     return cudaSuccess;
   }
-  result.tiling = choose_tiling(c, device);
+  result.tiling = choose_tiling(c, device, 1);
   if (result.tiling.tiles == 0) return cudaErrorInvalidConfiguration;
   const int bytes = result.tiling.shared_bytes;
   int blocks = 0;
@@ -396,7 +401,7 @@ const char* why_not(int in_channels, int out_channels, int stride) {
   if (current_device(index, device) != cudaSuccess) return "the CUDA device does not answer";
   if (device.major < 8) return "the compute capability of the device is below 8.0";
   const Convolution c{1, in_channels, out_channels, 64, 64, 64 / stride, 64 / stride, stride};
-  if (choose_tiling(c, device).tiles == 0) return "the weights do not fit into shared memory";
+  if (choose_tiling(c, device, 8).tiles == 0) return "the weights do not fit into shared memory";
   return nullptr;
 }
 

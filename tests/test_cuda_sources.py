@@ -36,6 +36,17 @@ def test_compiles_without_spills(source, architecture, tmp_path):
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", nvcc.stderr) == [("0", "0")] * kernels, nvcc.stderr
 
 
+@pytest.mark.slow
+@needs_nvcc
+def test_channels_that_are_taken_have_a_tile_at_any_size(tmp_path):
+    source = Path(__file__).with_name("separable_conv_cuda_tilings.cu")
+    command = [NVCC, "-std=c++17", "-O1", "-arch=sm_90", "-I", ROOT / "csrc", source, "-o", tmp_path / "tilings"]
+    nvcc = subprocess.run(command, capture_output=True, text=True)
+    assert nvcc.returncode == 0, nvcc.stderr
+    tilings = subprocess.run([tmp_path / "tilings"], capture_output=True, text=True, check=True)
+    assert tilings.stdout == ""
+
+
 @pytest.mark.skipif(not _extension.available, reason=f"the extension is not used: {_extension.reason}")
 def test_the_extension_says_whether_it_has_cuda_kernels():
     built = _extension.build_information()["CUDA"]
