@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import INTERPRETED, LARGEST, jit, launch, rounded
+from ._common import INTERPRETED, LARGEST, cdiv, jit, launch, next_power_of_2, rounded
 from ._common import why_not as why_no_tensors
 from ._tuned import blocks
 
@@ -61,10 +61,10 @@ def augment(
     )
     default = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
     chosen = blocks("augment", y, same=(channels,), size=y.numel(), default=default)
-    span = min(triton.next_power_of_2(width * channels), chosen["BLOCK"])
-    rows = min(triton.next_power_of_2(height), chosen["BLOCK"] // span)
-    spans = triton.cdiv(width * channels, span)
-    tiles = triton.cdiv(height, rows) * spans
+    span = min(next_power_of_2(width * channels), chosen["BLOCK"])
+    rows = min(next_power_of_2(height), chosen["BLOCK"] // span)
+    spans = cdiv(width * channels, span)
+    tiles = cdiv(height, rows) * spans
     random = bool(padding or flip)
     launch(
         _augment,

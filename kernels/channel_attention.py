@@ -4,12 +4,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import channel_attention_sweeps as sweeps
-from ._common import counter, dense, dot_dtype, jit, launch, rounded
+from ._common import cdiv, counter, dense, dot_dtype, jit, launch, next_power_of_2, rounded
 from ._common import why_not as why_not_tensors
 from ._tuned import blocks
 from .channel_attention_at_once import at_once, moments
@@ -61,7 +60,7 @@ CANDIDATES = {
 
 
 def _padded(extent: int) -> int:
-    return max(16, triton.next_power_of_2(extent))
+    return max(16, next_power_of_2(extent))
 
 
 def _sweep_sizes(rows: int, columns: int, raw: bool) -> dict[str, int]:
@@ -119,7 +118,7 @@ def _choice(kernel: str, student: Tensor, teacher: Tensor, *others: Tensor) -> _
         "tile": choice["tile"], "raw": raw, "dot": dot_dtype(torch.bfloat16 if raw else torch.float32),
         "num_warps": choice["num_warps"], "num_stages": choice["num_stages"],
     }  # fmt: skip
-    return _Choice(choice["at_once"], (batch * triton.cdiv(rows, choice["block_rows"]),), constants)
+    return _Choice(choice["at_once"], (batch * cdiv(rows, choice["block_rows"]),), constants)
 
 
 def why_not(function: str, *args) -> list[str]:
@@ -235,7 +234,7 @@ def _moments(teacher: Tensor, tile: int, raw: bool) -> tuple[Tensor, Tensor]:
     mean = teacher.new_empty(batch, columns, dtype=torch.float32)
     std = torch.empty_like(mean)
     block = min(_padded(columns), max(16, 8192 // tile))
-    grid = (batch * triton.cdiv(columns, block),)
+    grid = (batch * cdiv(columns, block),)
     constants = {"columns": columns, "block_columns": block, "tile": tile, "raw": raw}
     launch(moments, grid, teacher, mean, std, height * width, **constants, num_warps=8)
     return mean, std
@@ -247,5 +246,5 @@ def channel_attention_loss_backward(grad_loss: Tensor, gradient: Tensor) -> Tens
     if not (gradient.is_contiguous() or gradient.is_contiguous(memory_format=torch.channels_last)) or scaled.data_ptr() % 16:
         gradient = scaled.copy_(gradient)
     count = gradient.numel()
-    launch(_scale, (triton.cdiv(count, 2048),), gradient, grad_loss, scaled, count, tile=2048, num_warps=8)
+    launch(_scale, (cdiv(count, 2048),), gradient, grad_loss, scaled, count, tile=2048, num_warps=8)
     return scaled
