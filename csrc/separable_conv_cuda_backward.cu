@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(norm_threads, 1) norm_backward(const __grid_co
   constexpr int batch = 4;  // pixels at once
   __shared__ __align__(16) float all[norm_threads * 16];
   const NormBackward& p = arguments.pass;
+  let_next_launch_start();
   const int parts = p.channels / 8, active = norm_threads - norm_threads % parts, part = threadIdx.x % parts;
   if (threadIdx.x < active) {
     const uint4* grad = static_cast<const uint4*>(p.grad_y);
@@ -87,6 +88,7 @@ struct WeightArguments {
 
 __global__ void __launch_bounds__(threads) sum_weights(const __grid_constant__ WeightArguments arguments) {
   __shared__ __align__(16) float all[threads * 4];
+  wait_for_launch_before();
   int block = blockIdx.x, index = 0;
   for (; index + 1 < arguments.sums.count; index++) {
     const int blocks = (arguments.sums.weights[index].size + block_elements - 1) / block_elements;
@@ -179,14 +181,23 @@ BackwardTiling choose_backward_tiling(const Convolution& c, const BackwardDevice
   return best;
 }
 
+// follows: the launch before it on the stream is of the same pass, and the kernel waits for that one itself.
 template <typename KernelArguments>
 cudaError_t launch_blocks(void (*kernel)(KernelArguments), const KernelArguments& arguments, int blocks, int block_threads,
-                          int shared_bytes, cudaStream_t stream) {
+                          int shared_bytes, bool follows, cudaStream_t stream) {
+  int index = 0;
+  BackwardDevice device{};
+  if (const cudaError_t error = current_backward_device(index, device)) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = block_threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = follows && device.major >= 9;
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
@@ -270,7 +281,8 @@ cudaError_t launch(const NormBackward& p, cudaStream_t stream) {
   int index = 0;
   BackwardDevice device{};
   if (const cudaError_t error = current_backward_device(index, device)) return error;
-  return launch_blocks(norm_backward, NormArguments{p}, norm_blocks(p.pixels, p.channels, device.processors), norm_threads, 0, stream);
+  return launch_blocks(norm_backward, NormArguments{p}, norm_blocks(p.pixels, p.channels, device.processors), norm_threads, 0,
+                       false, stream);
 }
 
 cudaError_t launch(const ConvolutionBackward& p, cudaStream_t stream) {
@@ -278,13 +290,14 @@ cudaError_t launch(const ConvolutionBackward& p, cudaStream_t stream) {
   if (const cudaError_t error = backward_plan(p.convolution, plan)) return error;
   const int blocks = plan.rows * (p.convolution.in_channels / plan.tiling.chunk);
   const BackwardArguments arguments{p, plan.tiling};
-  return launch_blocks(backward_kernel(p.convolution), arguments, blocks, threads, plan.tiling.shared_bytes, stream);
+  return launch_blocks(backward_kernel(p.convolution), arguments, blocks, threads, plan.tiling.shared_bytes, true,
+                       stream);
 }
 
 cudaError_t launch(const WeightSums& p, cudaStream_t stream) {
   int blocks = 0;
   for (int i = 0; i < p.count; i++) blocks += upwards(p.weights[i].size, block_elements);
-  return launch_blocks(sum_weights, WeightArguments{p}, blocks, threads, 0, stream);
+  return launch_blocks(sum_weights, WeightArguments{p}, blocks, threads, 0, true, stream);
 }
 
 }  // namespace odn_fast::separable_conv_cuda

@@ -3,6 +3,7 @@
 //
 // One layer, z = pw * dw * x and y = relu(batch_norm(z) + residual), takes three launches: `NormBackward`, then
 // `ConvolutionBackward`, which leaves partial sums of the weights' gradients, then `WeightSums`, once for all layers.
+// The latter two start while the launch before them on the stream ends, which must be one of these.
 #pragma once
 
 #include "separable_conv_cuda.h"

@@ -90,7 +90,6 @@ __device__ void prepare(const BackwardArguments& p, const Layout<STRIDE, STEPS>&
   });
   for (int i = threadIdx.x; i < c.out_channels; i += threads) {
     const float2 masks = pass.masks ? affine(pass.norm, pass.eps, i) : float2{0, 1};
-    for (int k = 0; k < 3; k++) at.coefficients[k * c.out_channels + i] = pass.coefficients[k * c.out_channels + i];
     at.coefficients[3 * c.out_channels + i] = masks.x;
     at.coefficients[4 * c.out_channels + i] = masks.y;
   }
@@ -123,6 +122,12 @@ __device__ void prepare(const BackwardArguments& p, const Layout<STRIDE, STEPS>&
       at.own[own_row<STRIDE>(i, output)] = (there ? pixel : z_real) * at.z_bytes;
     }
   }
+}
+
+// What the launch before this one leaves.
+template <int STRIDE, int STEPS>
+__device__ void prepare_coefficients(const ConvolutionBackward& pass, const Layout<STRIDE, STEPS>& at) {
+  for (int i = threadIdx.x; i < 3 * pass.convolution.out_channels; i += threads) at.coefficients[i] = __ldcg(pass.coefficients + i);
 }
 
 struct TilePlace {
@@ -204,8 +209,8 @@ __device__ void load_dz(const BackwardArguments& p, const Layout<STRIDE, STEPS>&
       const int index = located(min(first + k * stride, pixels - 1), t.z_width, t.by_z_width, t.z_height, t.by_z_height, tile.image,
                                 step * tile.y - halo, step * tile.x - halo, c.batch, c.out_height, c.out_width);
       there |= (index >= 0) << k;
-      grads[k] = index >= 0 ? __ldg(grad + index * parts) : uint4{};
-      zs[k] = index >= 0 ? __ldg(z + index * parts) : uint4{};
+      grads[k] = index >= 0 ? __ldcg(grad + index * parts) : uint4{};
+      zs[k] = index >= 0 ? __ldcg(z + index * parts) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {  // two channels

@@ -294,6 +294,8 @@ __global__ void __launch_bounds__(threads, blocks_per_processor) backward(const 
   TilePlace place = place_of(tiling, block);
   load_x<STRIDE, STEPS>(p, at(), place, first_channel);
   prepare<STRIDE, STEPS>(p, at(), first_channel);
+  wait_for_launch_before();
+  prepare_coefficients<STRIDE, STEPS>(pass, at());
   __syncthreads();
   for (int tile = block;;) {
     load_dz<STRIDE, STEPS>(p, at(), place);
@@ -314,6 +316,7 @@ __global__ void __launch_bounds__(threads, blocks_per_processor) backward(const 
     load_x<STRIDE, STEPS>(p, at(), place, first_channel);
   }
 
+  let_next_launch_start();
   const Rows rows(c.out_channels);
   float* all = reinterpret_cast<float*>(shared);
   store_pw<STEPS>(pass, rows, block, first_channel, all, of_pw);

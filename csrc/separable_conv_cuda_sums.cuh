@@ -14,6 +14,20 @@ __device__ unsigned count_one(unsigned* address) {
   return v;
 }
 
+// A launch of a pass may start before the one it follows has ended (see `launch_blocks`). What that one writes may be
+// read after this; the other call lets the next launch start, which then waits in turn.
+__device__ void wait_for_launch_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+__device__ void let_next_launch_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
 __device__ void store(const Target& target, int index, float value) {
   if (target.bfloat16) {
     static_cast<__nv_bfloat16*>(target.data)[index] = __float2bfloat16_rn(value);
