@@ -48,10 +48,11 @@ def launch(
     """Run `kernel` on the current stream of the tensors' device.
 
     arguments: tensors (or None), integers, floats, and tuples of tensors of one dtype or of integers, as the kernel takes
-    them, a tensor first; constants: its constexprs, in the kernel's order, after them. cooperative: all programs run at the same time, for `wait_for_all`, or the launch fails;
-    it must follow from the kernel and its constants. Such a kernel begins when there is room for all of its programs
-    beside what else runs: kernels of other streams may keep it waiting, and it them. A second launch of a variant goes
-    past Triton's binder and hooks, which take longer than most of these kernels.
+    them, a tensor first; constants: its constexprs, in the kernel's order, after them. cooperative: all programs run at
+    the same time, for `wait_for_all`, or the launch fails; it must follow from the kernel and its constants. Such a
+    kernel begins when there is room for all of its programs beside what else runs: kernels of other streams may keep it
+    waiting, and it them. A second launch of a variant goes past Triton's binder and hooks, which take longer than most
+    of these kernels.
     """
     if 0 in grid:
         return

@@ -36,9 +36,9 @@ class Implementation:
 def using(name: str, *ops: str) -> Iterator[None]:
     """Inside the block, ops on CUDA tensors run on the implementation `name`: "cuda", "triton" or "reference".
 
-    ops: the dispatcher ops meant, by name (backward passes are ops of their own); none means all. Process-wide, so that backward passes, which run on threads of their own, follow. Ops called inside raise
-    CannotRun, a RuntimeError, with all reasons where that implementation cannot take the arguments. CPU tensors are
-    not concerned.
+    ops: the dispatcher ops meant, by name (backward passes are ops of their own); none means all. Process-wide, so that
+    backward passes, which run on threads of their own, follow. Ops called inside raise CannotRun, a RuntimeError, with
+    all reasons where that implementation cannot take the arguments. CPU tensors are not concerned.
 
     Raises ValueError for any other name.
     """
