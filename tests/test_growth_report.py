@@ -249,7 +249,7 @@ def test_time_machine_and_classes(digits_page):
     assert [row[0] for row in digits_page.table("phase")[1:]] == ["teacher", "stages", "retraining", "controls",
                                                                   "measuring, checking, saving", "all"]
     assert digits_page.row("phase", "stages")[1:3] == ["12", "24.0"]
-    assert digits_page.row("setting", "network")[1] == "resnet20 as teacher"
+    assert digits_page.row("setting", "teacher")[1] == "resnet20"
     assert "10 classes" in digits_page.row("setting", "data set")[1] and "Classes, on the test split" in digits_page.text
     assert 'odn_fast.load("model")' in digits_page.text
 

@@ -34,9 +34,9 @@ _CURVES_CAPTION = ("Along the top: stages. Solid: validation accuracy (after a s
 
 def document(run: Run) -> str:
     """The page."""
-    start, teacher, title, state, lead = run.last("start"), run.last("teacher"), run.name, "unfinished", resume_lead(run.name)
+    start, title, state, lead = run.last("start"), run.name, "unfinished", resume_lead(run.name)
     if start:
-        title = f"{run.name}: grown{' under ' + teacher['name'] if teacher else ''} on {start['dataset']['name']}"
+        title = f"{run.name}: grown under {start['teacher']} on {start['dataset']['name']}"
     if run.result:
         state, lead = "missed" if run.result["collapsed"] else "met", figures(_cards(run))
     return page(title, state, headline(run), lead, notes(run), warnings(run), _sections(run))
@@ -205,8 +205,7 @@ def _sections(run: Run) -> Iterable[tuple[str, str]]:
         yield class_section(result)
         yield model_usage()
     if start:
-        named = f"{teacher['name']} as teacher" if teacher else "not known yet"
-        yield "What it took", time_table(run, _PHASES) + setting_table(start, [("network", named)])
+        yield "What it took", time_table(run, _PHASES) + setting_table(start, [("teacher", start["teacher"])])
     yield configuration(run)
 
 

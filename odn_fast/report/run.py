@@ -25,7 +25,7 @@ _FIELDS = {
                   "confusion confusion_split class_names",
     },
     "grow": {
-        "start": f"{_START} limits",
+        "start": f"{_START} teacher limits",
         "teacher": "name params flops maps validation_accuracy",
         "resume": "",
         "epoch": "phase stage epoch losses train_accuracies validation_accuracy lr seconds images_per_second improved",
