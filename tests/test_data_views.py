@@ -149,6 +149,7 @@ def test_ray_batches_are_the_same_from_any_step_on():
         assert (x[:, 6:] >= 0).all() and (x[:, 6:] < 1).all()
     assert not torch.equal(whole[0][0], whole[1][0]) and not torch.equal(whole[0][0], next(batches.epoch("student", 2))[0])
     rays = views.rays()
+    assert torch.equal(rays[torch.tensor([70, 3])], views.rays(torch.tensor([70, 3])))
     place = (rays == whole[0][0][0, :6]).all(1).nonzero()[0, 0]
     assert torch.equal(views.colours()[place], whole[0][1][0])
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from .errors import DataError, needs, reading, regular_file_size
 from .image import MAX_PIXELS
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
+ANALYTIC_SIZE = 32  # pixels, height and width
 _MOST_PIXELS = 100_000_000  # of a scene: 1.2 GB as float32 RGB
 _MOST_JSON = 64 << 20  # bytes
 _MOST_VIEWS = 10_000  # of a split
@@ -44,14 +45,25 @@ class Views:
     def __len__(self) -> int:
         return len(self.images)
 
-    def rays(self) -> Tensor:
-        """(V H W, 6): origin and unit direction of the ray through every pixel's centre, view by view, row by row."""
-        height, width = self.images.shape[1:3]
-        return torch.cat([_rays(pose, height, width, self.focal) for pose in self.poses])
+    @property
+    def pixels(self) -> int:
+        """V H W: they are numbered view by view, row by row."""
+        return self.images.numel() // 3
 
-    def colours(self) -> Tensor:
-        """(V H W, 3), in the order of `rays`."""
-        return self.images.reshape(-1, 3)
+    def rays(self, pixels: Tensor | None = None) -> Tensor:
+        """(N, 6): origin and unit direction of the ray through the centre of each of `pixels` (N,), or of every pixel."""
+        height, width = self.images.shape[1:3]
+        pixels = torch.arange(self.pixels) if pixels is None else pixels
+        rows, columns = pixels // width % height + 0.5, pixels % width + 0.5
+        seen = torch.stack([(columns - width / 2) / self.focal, (height / 2 - rows) / self.focal, -torch.ones_like(rows)], 1)
+        poses = self.poses[pixels // (height * width)]
+        directions = (poses[:, :, :3] * seen[:, None, :]).sum(2)
+        return torch.cat([poses[:, :, 3], torch.nn.functional.normalize(directions, dim=1)], 1)
+
+    def colours(self, pixels: Tensor | None = None) -> Tensor:
+        """(N, 3), as `rays`."""
+        colours = self.images.reshape(-1, 3)
+        return colours if pixels is None else colours[pixels]
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ class Scene:
     test: Views
     near: float
     far: float
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pictures."""
+        return 3, *self.train.images.shape[1:3]
 
     def checksum(self) -> str:
         """SHA-256 over pictures and cameras."""
@@ -86,16 +103,15 @@ class RayBatches:
 
     def __init__(self, views: Views, rays_per_step: int, steps_per_epoch: int, samples: int, seed: int) -> None:
         self.steps_per_epoch, self.images_per_epoch = steps_per_epoch, steps_per_epoch * rays_per_step
-        self._rays, self._colours = views.rays(), views.colours()
-        self._count, self._samples, self._seed = rays_per_step, samples, seed
+        self._views, self._count, self._samples, self._seed = views, rays_per_step, samples, seed
 
     def epoch(self, key: str, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """From step `start` on: (x (R, 6 + samples): origin, direction, numbers in [0, 1); y (R, 3): colours)."""
         for step in range(start, self.steps_per_epoch):
             generator = keyed_generator(self._seed, f"{key}, epoch {epoch}", step)
-            chosen = torch.randint(len(self._rays), (self._count,), generator=generator)
+            chosen = torch.randint(self._views.pixels, (self._count,), generator=generator)
             jitter = torch.rand(self._count, self._samples, generator=generator)
-            yield torch.cat([self._rays[chosen], jitter], 1), self._colours[chosen]
+            yield torch.cat([self._views.rays(chosen), jitter], 1), self._views.colours(chosen)
 
 
 def load_views(folder: str | Path, size: int | None = None, near: float = 2.0, far: float = 6.0) -> Scene:
@@ -199,13 +215,6 @@ def _sizes(shapes) -> str:
     return " and ".join(sorted(f"{shape[1]}x{shape[0]}" for shape in shapes))
 
 
-def _rays(pose: Tensor, height: int, width: int, focal: float) -> Tensor:
-    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    seen = torch.stack([(columns - width / 2) / focal, (height / 2 - rows) / focal, -torch.ones_like(rows)], -1)
-    directions = torch.nn.functional.normalize(seen.reshape(-1, 3) @ pose[:, :3].T, dim=1)
-    return torch.cat([pose[:, 3].expand_as(directions), directions], 1)
-
-
 # Centre, radius, colour of spheres; centre, half lengths, colour of boxes along the axes.
 _SPHERES = [((-0.55, -0.35, 0.1), 0.55, (0.85, 0.25, 0.2)), ((0.45, 0.65, 0.0), 0.4, (0.2, 0.45, 0.85)),
             ((0.1, -0.1, 0.75), 0.3, (0.95, 0.8, 0.25))]
@@ -214,7 +223,7 @@ _LIGHT = (0.48, -0.36, 0.8)
 _ANGLE = 0.6911112070083618  # nerf_synthetic's camera_angle_x
 
 
-def analytic_scene(size: int = 32, train: int = 24, validation: int = 4, test: int = 4) -> Scene:
+def analytic_scene(size: int = ANALYTIC_SIZE, train: int = 24, validation: int = 4, test: int = 4) -> Scene:
     """Spheres and boxes on a plate, rendered exactly at every pixel's centre: matt, lit from one side, on white.
 
     size: height and width in pixels. train, validation, test: numbers of views, from cameras all around above the plate.
@@ -226,8 +235,8 @@ def analytic_scene(size: int = 32, train: int = 24, validation: int = 4, test: i
     for split, count in counts.items():
         offset = list(counts).index(split) / 3  # no two splits share a camera
         poses = torch.stack([_camera((index + offset) / count, 2.399963 * (index + offset)) for index in range(count)])
-        images = torch.stack([_traced(_rays(pose, size, size, focal)).view(size, size, 3) for pose in poses])
-        parts[split] = Views(images, poses, focal)
+        blank = Views(torch.empty(count, size, size, 3), poses, focal)
+        parts[split] = replace(blank, images=_traced(blank.rays()).view_as(blank.images))
     return Scene("analytic", **parts, near=2.0, far=6.0)
 
 
