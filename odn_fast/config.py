@@ -132,7 +132,45 @@ class GrowConfig(_Section):
     run: RunConfig = RunConfig()
 
 
-Config = TypeVar("Config", ExpandConfig, GrowConfig)
+class ViewsConfig(_Section):
+    dataset: Annotated[str, Field(pattern=r"^(analytic|views:.+)$")] = "analytic"
+    size: Count | None = None
+    near: Positive = 2.0
+    far: Positive = 6.0
+
+
+class RadianceConfig(_Section):
+    teacher: Annotated[str, Field(pattern=r"^[1-9][0-9]?x[1-9][0-9]{0,3}$")] = "4x64"
+    point_frequencies: Annotated[int, Field(ge=0, le=16)] = 6
+    direction_frequencies: Annotated[int, Field(ge=0, le=16)] = 2
+    start: Count | None = None
+    step: Count | None = None
+    budget_share: Fraction = 0.5
+    score: Literal["r", "relative", "random"] = "r"
+    teacher_epochs: Count = 40
+    stage_epochs: Count = 3
+    retrain_epochs: Count = 20
+    controls: list[Literal["random", "half", "narrow"]] = ["random", "narrow"]
+
+
+class RaysConfig(_Section):
+    rays: Annotated[int, Field(ge=2)] = 256
+    samples: Annotated[int, Field(ge=2)] = 32
+    steps_per_epoch: Count = 50
+    lr: Positive | None = None
+
+
+class GrowViewsConfig(_Section):
+    """Everything that decides the growth of a radiance field. An epoch is a number of steps, not a pass over all rays."""
+
+    kind: Literal["grow-views"] = "grow-views"
+    data: ViewsConfig = ViewsConfig()
+    growth: RadianceConfig = RadianceConfig()
+    training: RaysConfig = RaysConfig()
+    run: RunConfig = RunConfig()
+
+
+Config = TypeVar("Config", ExpandConfig, GrowConfig, GrowViewsConfig)
 
 # Targets and learning rates of the paper's experiments and the authors' notebooks. Digits: one block solves the set
 # when trained to convergence, so its search asks for the smallest depth that gets there within eight epochs.
@@ -209,7 +247,7 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigError: settings that contradict each other.
     """
-    recipe = {ExpandConfig: _expand_recipe, GrowConfig: _grow_recipe}[type(config)](config)
+    recipe = {ExpandConfig: _expand_recipe, GrowConfig: _grow_recipe, GrowViewsConfig: _views_recipe}[type(config)](config)
     values = flat(config)
     values |= {path: value for path, value in recipe.items() if values[path] is None}
     return absolute_paths(from_values(values, kind=type(config)))
@@ -243,11 +281,24 @@ def _grow_recipe(config: GrowConfig) -> dict[str, Any]:
     return recipe
 
 
+def _views_recipe(config: GrowViewsConfig) -> dict[str, Any]:
+    """The paper's 8x256 starts at 8x32 and grows by 32; others do in proportion. Small fields learn at larger rates."""
+    width = int(config.growth.teacher.partition("x")[2])
+    if len(set(config.growth.controls)) < len(config.growth.controls):
+        raise ConfigError(f"growth.controls: names one twice: {', '.join(config.growth.controls)}")
+    if config.data.near >= config.data.far:
+        raise ConfigError(f"data.near: expected less than data.far, {config.data.far:g}, got {config.data.near:g}")
+    part = max(1, width // 8)
+    return {"growth.start": part, "growth.step": part, "training.lr": 5e-3 if width <= 128 else 5e-4}
+
+
 def absolute_paths(config: Config) -> Config:
     """The same configuration with absolute paths: a run is resumed from any folder."""
     kind, colon, path = config.data.dataset.partition(":")
     dataset = f"{kind}:{Path(path).expanduser().resolve()}" if colon and path else config.data.dataset
-    paths = {"data.dataset": dataset, "data.data_dir": str(Path(config.data.data_dir).expanduser().resolve())}
+    paths = {"data.dataset": dataset}
+    if not isinstance(config, GrowViewsConfig):
+        paths["data.data_dir"] = str(Path(config.data.data_dir).expanduser().resolve())
     if isinstance(config, GrowConfig) and config.teacher.file is not None:
         paths["teacher.file"] = str(Path(config.teacher.file).expanduser().resolve())
     return from_values(paths, config.model_dump(), type(config))

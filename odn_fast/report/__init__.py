@@ -7,12 +7,12 @@ gives a report of what there is and says that it is unfinished.
 from pathlib import Path
 
 from ..record import RunError, write_atomically
-from . import expand, growth
+from . import expand, grow_views, growth
 from .run import Run, read_run
 
 __all__ = ["Run", "read_run", "write_report"]
 
-_DOCUMENTS = {"expand": expand.document, "grow": growth.document}
+_DOCUMENTS = {"expand": expand.document, "grow": growth.document, "grow-views": grow_views.document}
 
 
 def write_report(folder: Path) -> Path:

@@ -38,9 +38,23 @@ _FIELDS = {
         "result": "params flops stages validation_accuracy test_accuracy controls collapsed seconds "
                   "latency_ms latency_low_ms latency_high_ms confusion confusion_split class_names",
     },
+    "grow-views": {
+        "start": f"{_START} teacher",
+        "teacher": "name params widths validation_psnr test_psnr epochs",
+        "resume": "",
+        "epoch": "phase stage epoch seconds images_per_second",
+        "stage": "stage shape params share validation_psnr epochs layers",
+        "widen": "stage layer by",
+        "retrain": "epochs",
+        "control": "name params widths validation_psnr test_psnr epochs",
+        "test_reading": "network views psnr first_view_psnr picture truth",
+        "warning": "text",
+        "result": "params widths budget stages validation_psnr test_psnr teacher controls seconds",
+    },
 }
 # Settings without which a configuration is of no such run.
-_NEEDED = {"expand": ("search", "target_accuracy", "tolerance"), "grow": ("growth", "budget", "budget_flops")}
+_NEEDED = {"expand": ("search", "target_accuracy", "tolerance"), "grow": ("growth", "budget", "budget_flops"),
+           "grow-views": ("growth", "budget_share")}
 
 
 @dataclass(frozen=True)

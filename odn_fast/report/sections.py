@@ -75,8 +75,8 @@ def model_usage() -> tuple[str, str]:
     return "Using the model", f"<p>In the run folder:</p><pre>{escaped(_USAGE)}</pre>"
 
 
-def time_table(run: Run, phases: dict[str, str]) -> str:
-    """Epochs, seconds and speed by phase; `phases`: the phases' names in words, in order."""
+def time_table(run: Run, phases: dict[str, str], things: str = "images") -> str:
+    """Epochs, seconds and speed by phase; `phases`: the phases' names in words, in order; `things`: what batches hold."""
     lines, total = [], 0.0
     for phase, name in phases.items():
         epochs = [event for event in run.events["epoch"] if event["phase"] == phase]
@@ -89,18 +89,15 @@ def time_table(run: Run, phases: dict[str, str]) -> str:
         lines.append(["measuring, checking, saving", "", f"{run.result['seconds'] - total:,.1f}", ""])
         total = run.result["seconds"]
     lines.append(["all", str(len(run.events["epoch"])), f"{total:,.1f}", ""])
-    return table(["phase", "epochs", "seconds", "training images/s (median)"], lines, "Time by phase.", "wnnn")
+    return table(["phase", "epochs", "seconds", f"training {things}/s (median)"], lines, "Time by phase.", "wnnn")
 
 
-def setting_table(start: dict, first: Sequence[tuple[str, str]]) -> str:
-    """Machine, data and versions, after the settings in `first`."""
+def setting_table(start: dict, first: Sequence[tuple[str, str]], data_set: str = "") -> str:
+    """Machine, data and versions, after the settings in `first`; `data_set`: in words, where it is not of images and classes."""
     data = start["dataset"]
-    test = "no test" if data["test"] is None else f"{data['test']:,} test"
-    shape = " × ".join(str(length) for length in data["input_shape"])
     lines = [
         *first,
-        ["data set", f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation and {test} images of "
-                     f"{shape}, {counted(len(data['class_names']), 'class', 'classes')}"],
+        ["data set", data_set or _images(data)],
         ["checksum", str(data["checksum"])],
         ["device", f"{start['device']}: {start['processor']}, {counted(start['threads'], 'thread')}"],
         ["precision", f"{start['precision']} (asked for: {start['precision_requested']})"],
@@ -109,6 +106,13 @@ def setting_table(start: dict, first: Sequence[tuple[str, str]]) -> str:
         ["versions", f"odn_fast {start['version']}, torch {start['torch']}, Python {start['python']}"],
     ]
     return table(["setting", "value"], lines, "Machine, data and versions.", "wl")
+
+
+def _images(data: dict) -> str:
+    test = "no test" if data["test"] is None else f"{data['test']:,} test"
+    shape = " × ".join(str(length) for length in data["input_shape"])
+    return (f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation and {test} images of {shape}, "
+            f"{counted(len(data['class_names']), 'class', 'classes')}")
 
 
 def configuration(run: Run) -> tuple[str, str]:

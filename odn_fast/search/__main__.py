@@ -1,18 +1,19 @@
-"""Command line of the searches: `python -m odn_fast.search [expand|grow] [options]`."""
+"""Command line of the searches: `python -m odn_fast.search [expand|grow|grow-views] [options]`."""
 
 import argparse
 import sys
 import warnings
 from typing import Any
 
-from ..config import Config, ConfigError, ExpandConfig, GrowConfig, from_values, read_yaml
+from ..config import Config, ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig, from_values, read_yaml
 from ..engine import Interrupted
 from ..record import FolderError, RunError
 from .display import Display
 from .expansion import Result, resume_expansion, run_expansion
 from .growth import GrowResult, resume_growth, run_growth
 from .lifecycle import kind_of
-from .options import EXPAND, GROW, add_options, given_settings
+from .options import EXPAND, GROW, GROW_VIEWS, add_options, given_settings
+from .radiance_growth import ViewsResult, resume_views_growth, run_views_growth
 
 _STATUS = """exit status: 0 the run ended{}; 1 the run could not go on, it can be
 resumed; 2 something asked for cannot be; 130 or 143 stopped by Ctrl-C or SIGTERM, state saved.
@@ -32,6 +33,12 @@ _GROW_EPILOG = """examples:
   python -m odn_fast.search --resume runs/grow-cifar10-resnet-56-20260131-101500
 
 """  + _STATUS.format("")
+_VIEWS_EPILOG = """examples:
+  python -m odn_fast.search grow-views                        a scene that needs no data, a few minutes
+  python -m odn_fast.search grow-views --views ~/data/nerf_synthetic/lego_100x100 --size 50
+  python -m odn_fast.search --resume runs/grow-views-analytic-4x64-20260131-101500
+
+""" + _STATUS.format("")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,7 +78,7 @@ def _kind(options: dict[str, Any]) -> type[Config]:
     named = options["command"]
     if named == "expand" and "config" in options:
         named = str(read_yaml(options["config"]).get("kind"))
-    return {"grow": GrowConfig}.get(named, ExpandConfig)
+    return {"grow": GrowConfig, "grow-views": GrowViewsConfig}.get(named, ExpandConfig)
 
 
 def _expand(options: dict[str, Any], display: Display) -> int:
@@ -85,7 +92,12 @@ def _grow(options: dict[str, Any], display: Display) -> int:
     return 0
 
 
-_SEARCHES = {ExpandConfig: _expand, GrowConfig: _grow}
+def _grow_views(options: dict[str, Any], display: Display) -> int:
+    _conclude_views(_run(options, GrowViewsConfig, run_views_growth, resume_views_growth, display), display)
+    return 0
+
+
+_SEARCHES = {ExpandConfig: _expand, GrowConfig: _grow, GrowViewsConfig: _grow_views}
 
 
 def _run(options: dict[str, Any], kind: type[Config], run, resume, display: Display):
@@ -148,11 +160,25 @@ def _conclude_growth(result: GrowResult, display: Display):
     display.message(f"report: {result.folder / 'report.html'}")
 
 
+def _conclude_views(result: ViewsResult, display: Display):
+    teacher = result.teacher
+    display.message(f"\ngrown: {result.params:,} parameters ({100 * result.params / teacher['params']:.1f} % of the teacher's) after "
+                    f"{result.stages} stages, hidden layers of {', '.join(map(str, result.widths))}")
+    student = {"params": result.params, "validation_psnr": result.validation_psnr, "test_psnr": result.test_psnr}
+    rows = {"teacher": teacher, "student": student, **{f"control {each['name']}": each for each in result.controls}}
+    width = max(map(len, rows))
+    for name, each in rows.items():
+        display.message(f"{name:{width}}  validation {each['validation_psnr']:.2f} dB, test {each['test_psnr']:.2f} dB, "
+                        f"{each['params']:,} parameters")
+    display.message(f"model:  {result.folder / 'model'}")
+    display.message(f"report: {result.folder / 'report.html'}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m odn_fast.search", epilog=_EXPAND_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Search the smallest network that meets a target. `expand` is the default.")
-    commands = parser.add_subparsers(dest="command", metavar="expand|grow")
+    commands = parser.add_subparsers(dest="command", metavar="expand|grow|grow-views")
     common = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS, "allow_abbrev": False}
     expand = commands.add_parser(
         "expand", help="find the smallest depth of a network that meets a target accuracy (Optimally Deep Networks)",
@@ -170,6 +196,12 @@ def _parser() -> argparse.ArgumentParser:
     grow.add_argument("--no-standardize", dest="growth.standardize", action="store_false",
                       help="take the paper's attention literally (Eq. 1); it is known to shrink students to zero (default: queries "
                            "and keys are standardised)")
+    views = commands.add_parser(
+        "grow-views", help="grow a radiance field (NeRF) under a trained one's guidance (SEArch)",
+        description="Train a radiance field on views of a scene, distil its hidden layers into a narrow student, widen the layer that "
+                    "is furthest from the teacher's, until a share of its parameters is used; retrain; train controls to compare with.",
+        epilog=_VIEWS_EPILOG, **common)
+    add_options(views, GROW_VIEWS, GrowViewsConfig)
     return parser
 
 

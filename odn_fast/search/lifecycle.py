@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import __version__, _extension
-from ..config import Config, ConfigError, ExpandConfig, GrowConfig, absolute_paths, flat, from_values, read_yaml
+from ..config import Config, ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig, absolute_paths, flat, from_values, read_yaml
 from ..data import DataSet, from_arrays
 from ..engine import FitConfig, Interrupted, Interrupts, resolve_precision, tune_allocator
 from ..machine import environment
@@ -39,10 +39,10 @@ class Reopened:
     saved: dict | None
 
 
-def kind_of(path: str | Path) -> type[ExpandConfig] | type[GrowConfig]:
+def kind_of(path: str | Path) -> type[ExpandConfig] | type[GrowConfig] | type[GrowViewsConfig]:
     """Which search the run in folder `path` is of. A folder that is none is refused where it is opened."""
     file = Path(path) / "config.yaml"
-    kinds = {"grow": GrowConfig}
+    kinds = {"grow": GrowConfig, "grow-views": GrowViewsConfig}
     return kinds.get(str(read_yaml(file).get("kind")), ExpandConfig) if file.is_file() else ExpandConfig
 
 

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 from .. import data as data_sets
 from .. import models
 from ..config import Config, ConfigError, flat, parse_value
+from ..data.views import ANALYTIC_SIZE
 from ..models.teachers import NETWORKS
+from .radiance_growth import dataset_name
 
 
 class Option(NamedTuple):
@@ -97,6 +99,29 @@ GROW = [
     Option("--lr", "training.lr", float, "RATE", "learning rate at the start of every stage and of retraining; x 0.1 after a half and "
                                                  "after three quarters of the epochs"),
     *_run_options(", 1 for digits"),
+]
+GROW_VIEWS = [
+    Option("--views", "data.dataset", dataset_name, "DIR", "folder in nerf_synthetic's layout (transforms_train.json, ...), or "
+                                                           "analytic: a scene of spheres and boxes that needs no data"),
+    Option("--size", "data.size", int, "PIXELS", "height and width that views are brought to by averaging "
+                                                 f"(default: {ANALYTIC_SIZE} for analytic, else as they are)"),
+    Option("--teacher", "growth.teacher", str, "LxW", "hidden layers and width of the field to train as the teacher; the paper's is 8x256"),
+    Option("--start", "growth.start", int, "N", "width of the student's hidden layers at the start (default: an eighth of the teacher's)"),
+    Option("--step", "growth.step", int, "N", "neurons that a layer grows by (default: an eighth of the teacher's width)"),
+    Option("--budget-share", "growth.budget_share", float, "SHARE", "most parameters of the student, as a share of the teacher's"),
+    Option("--score", "growth.score", str, "WHICH", "what layers are ranked by: r, R; relative, R over the teacher's mean square; random"),
+    Option("--teacher-epochs", "growth.teacher_epochs", int, "N", "epochs of training the teacher"),
+    Option("--stage-epochs", "growth.stage_epochs", int, "N", "epochs of training before every growth of a layer"),
+    Option("--retrain-epochs", "growth.retrain_epochs", int, "N", "epochs of training the grown student on colours alone"),
+    Option("--controls", "growth.controls", _listed, "NAMES", "fields to compare with, trained on colours for as many epochs: none, or "
+                                                              "some of random,half,narrow"),
+    Option("--rays", "training.rays", int, "N", "rays per step"),
+    Option("--samples", "training.samples", int, "N", "samples along a ray"),
+    Option("--steps-per-epoch", "training.steps_per_epoch", int, "N", "steps that make an epoch"),
+    Option("--lr", "training.lr", float, "RATE", "learning rate of Adam at the start of every training (default: 5e-3 up to width 128, "
+                                                 "else 5e-4)"),
+    *[option for option in _run_options() if option.name != "--precision"],
+    Option("--precision", "run.precision", str, "FORMAT", "auto, fp32 or bf16; auto takes fp32"),
 ]
 _FROM_RECIPE = ("search.target_accuracy", "search.epochs_cap", "training.lr", "training.warm_up_epochs")
 

@@ -8,8 +8,9 @@ import torch
 
 from .. import __version__, _extension, export, models
 from .. import data as data_sets
-from ..config import ConfigError, ExpandConfig, GrowConfig
+from ..config import ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig
 from ..data import DataSet
+from ..data.views import ANALYTIC_SIZE, Scene, analytic_scene, load_views
 from ..engine import resolve_precision
 from ..machine import environment
 from ..models import DepthNetwork, profile
@@ -22,8 +23,13 @@ def create_model(config: ExpandConfig, data: DataSet) -> DepthNetwork:
         return models.create(config.model, data.input_shape[0], data.num_classes)
 
 
-def load_data(config: ExpandConfig | GrowConfig) -> DataSet:
+def load_data(config: ExpandConfig | GrowConfig | GrowViewsConfig) -> DataSet | Scene:
+    """What the configuration names: images with labels, or views of a scene."""
     given = config.data
+    if isinstance(config, GrowViewsConfig):
+        if given.dataset == "analytic":
+            return analytic_scene(given.size or ANALYTIC_SIZE)
+        return load_views(given.dataset.partition(":")[2], given.size, given.near, given.far)
     data = data_sets.load(given.dataset, given.data_dir, image_size=given.image_size, val_fraction=given.val_fraction,
                           test_fraction=given.test_fraction, seed=config.run.seed)
     return data.limit_train(given.limit_train, config.run.seed) if given.limit_train else data

@@ -1,0 +1,119 @@
+"""Training and measuring radiance fields: loss along rays, distillation of hidden layers, distance from the teacher.
+
+Every hidden layer is a node of SEArch (section 4.5). What its neurons say at a batch's points is cut into chunks of
+`CHUNK` points, each of which is to channel attention what an image is: (chunks, C, CHUNK, 1), C = the layer's width.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..models.radiance import RadianceField, along, composited, psnr, rendered, sample_distances
+from ..ops import channel_attention_loss
+from .fit import Loss
+
+CHUNK = 64  # as many positions as an 8x8 map: attention sharpens with their number
+
+
+@dataclass(frozen=True)
+class LayerMeasure:
+    """One hidden layer of a student beside its teacher's.
+
+    Attributes:
+        R: inner loss, mean over neurons and points; R_zero: its value for a layer that says nothing; relative: over the
+            teacher's mean square.
+        mean_square, teacher_mean_square: of what the neurons say.
+        dead: neurons that are zero at every point.
+    """
+
+    layer: int
+    width: int
+    R: float
+    R_zero: float
+    relative: float
+    mean_square: float
+    teacher_mean_square: float
+    dead: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def photometric_loss(near: float, far: float) -> Loss:
+    """Mean squared difference of colours, (1,), for `fit`; x (R, 6 + samples) and y (R, 3) as `RayBatches` gives them."""
+    def loss(network: RadianceField, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        error, _, _ = _seen(network, x, y, near, far)
+        return error[None], _uncounted(error[None])
+
+    return loss
+
+
+def distilled_loss(near: float, far: float, teacher: RadianceField, alpha: Callable[[], float]) -> Loss:
+    """alpha * (mean of R over hidden layers), and the photometric loss: (2,)."""
+    def loss(network: RadianceField, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        error, maps, points = _seen(network, x, y, near, far)
+        with torch.no_grad():
+            taught = teacher.maps(points)
+        inner = sum(inner_loss(given, wanted) for given, wanted in zip(maps, taught)) / len(maps)
+        losses = torch.stack([alpha() * inner, error])
+        return losses, _uncounted(losses)
+
+    return loss
+
+
+def inner_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """R of one hidden layer: student (N, C_s), teacher (N, C_t); points beyond the last whole chunk are left out."""
+    return channel_attention_loss(chunked(student), chunked(teacher))
+
+
+def chunked(layer: Tensor) -> Tensor:
+    """(N, C) -> (chunks, C, P, 1), channels_last as it stands; P = CHUNK, or N where that is less."""
+    positions = min(CHUNK, len(layer))
+    chunks = len(layer) // positions
+    return layer[:chunks * positions].float().view(chunks, positions, -1).transpose(1, 2).unsqueeze(3)
+
+
+def _seen(network: RadianceField, x: Tensor, y: Tensor, near: float, far: float) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Photometric loss, hidden layers, points (R, S, 3)."""
+    distances = sample_distances(near, far, x[:, 6:])
+    points = along(x, distances)
+    colours, densities, maps = network(points, x[:, 3:6])
+    return nn.functional.mse_loss(composited(colours.float(), densities.float(), distances, far), y), maps, points
+
+
+def _uncounted(losses: Tensor) -> Tensor:
+    """Rays are not right or wrong."""
+    return torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
+
+
+@torch.inference_mode()
+def measure_layers(student: RadianceField, teacher: RadianceField, rays: Tensor, near: float, far: float,
+                   samples: int, batch: int = 256) -> list[LayerMeasure]:
+    """Every hidden layer over points at the middle of equal parts of `rays` (N, 6), all of one order and on any device."""
+    device = next(student.parameters()).device
+    layers = range(len(student.shape.widths))
+    totals, largest, chunks = torch.zeros(len(layers), 4, dtype=torch.float64), [0.0 for _ in layers], 0
+    for part in rays.to(device).split(batch):
+        distances = sample_distances(near, far, torch.full((len(part), samples), 0.5, device=device))
+        points = along(part, distances)
+        pairs = list(zip(student.maps(points), teacher.maps(points)))
+        weight = chunked(pairs[0][0]).shape[0] * min(CHUNK, len(pairs[0][0]))
+        chunks += weight
+        for layer, (given, wanted) in enumerate(pairs):
+            nothing = torch.zeros_like(given)
+            figures = [inner_loss(given, wanted), inner_loss(nothing, wanted), given.square().mean(), wanted.square().mean()]
+            totals[layer] += weight * torch.stack(figures).double().cpu()
+            largest[layer] = torch.maximum(given.amax(0), torch.as_tensor(largest[layer], device=device))
+    measures = []
+    for layer, (loss, zero, mean_square, teacher_mean_square) in enumerate((totals / chunks).tolist()):
+        measures.append(LayerMeasure(
+            layer, student.shape.widths[layer], loss, zero, loss / max(teacher_mean_square, 1e-30), mean_square,
+            teacher_mean_square, int((largest[layer] <= 0).sum())))
+    return measures
+
+
+def rays_psnr(network: RadianceField, rays: Tensor, colours: Tensor, near: float, far: float, samples: int) -> float:
+    """PSNR in dB over rays (N, 6) of known colours (N, 3)."""
+    return psnr((rendered(network, rays, near, far, samples) - colours).square().mean().item())
