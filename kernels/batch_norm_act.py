@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import INTERPRETED, counter, dense, jit, launch, processors, relu, rounded, wait_for_all
+from ._common import INTERPRETED, cdiv, counter, dense, jit, launch, next_power_of_2, processors, relu, rounded, wait_for_all
 from ._tuned import blocks
 
 _interpreted = tl.constexpr(INTERPRETED)
@@ -363,13 +363,13 @@ def _run(kernel, x: Tensor, backward: bool, added: bool, relu: bool, eps: float,
     choice = blocks(name, x, same, pixels, default=_default(same, pixels))
     columns = choice["columns"]
     grid_wide = choice["grid"] and not INTERPRETED
-    column_blocks = triton.cdiv(channels, columns)
+    column_blocks = cdiv(channels, columns)
     # One program fits a multiprocessor whatever the kernel takes, so that a grid of that many can run at the same time.
     programs = processors(x) * (1 if grid_wide else choice["programs"])
     most_shares = max(1, min(programs // column_blocks, MOST_SHARES))
     shares = max(1, min(most_shares, pixels // choice["fewest"]))
-    share = triton.cdiv(pixels, shares)
-    shares = triton.cdiv(pixels, share)
+    share = cdiv(pixels, shares)
+    shares = cdiv(pixels, share)
     partials = zero = None
     splits = ("none",)
     if shares > 1:
@@ -378,7 +378,7 @@ def _run(kernel, x: Tensor, backward: bool, added: bool, relu: bool, eps: float,
         zero = counter(x) if grid_wide else None
     vector = min(channels & -channels, 8)
     if len(splits) == 1:
-        held = min(choice["held"], triton.next_power_of_2(triton.cdiv(share, choice["rows"])))
+        held = min(choice["held"], next_power_of_2(cdiv(share, choice["rows"])))
     else:
         held = 0 if backward else 1  # nothing outlives a launch; the tile that statistics start from counts as held
     for split in splits:
@@ -386,7 +386,7 @@ def _run(kernel, x: Tensor, backward: bool, added: bool, relu: bool, eps: float,
             kernel, (column_blocks, shares), *tensors, partials, zero, pixels, share, shares, channels // vector, eps,
             num_warps=choice["num_warps"], num_stages=choice["num_stages"], cooperative=split == "grid",
             VECTOR=vector, COLUMNS=columns, ROWS=choice["rows"], UNROLL=choice["unroll"], HELD=held,
-            SHARES=triton.next_power_of_2(most_shares), SPLIT=split, RELU=relu,
+            SHARES=next_power_of_2(most_shares), SPLIT=split, RELU=relu,
         )  # fmt: skip
 
 
@@ -412,11 +412,11 @@ def _default(same: tuple[int, ...], pixels: int) -> dict[str, int]:
     channels = same[0]
     if pixels <= 2048 and channels >= 256:  # one program owns all pixels of a few channels
         return _sizes(same, 16 if channels >= 1024 else 8, fewest=2048)
-    return _sizes(same, min(32, triton.next_power_of_2(channels)))
+    return _sizes(same, min(32, next_power_of_2(channels)))
 
 
 def candidates(same: tuple[int, ...]) -> list[dict[str, int]]:
-    widths = [columns for columns in (8, 16, 32, 64) if columns <= same[0]] or [triton.next_power_of_2(same[0])]
+    widths = [columns for columns in (8, 16, 32, 64) if columns <= same[0]] or [next_power_of_2(same[0])]
     in_one = [_sizes(same, columns) for columns in widths]
     usual = _sizes(same, min(32, widths[-1]))
     in_one.append({**usual, "held": 2 * usual["held"]})
