@@ -203,11 +203,17 @@ cudaError_t launch_blocks(void (*kernel)(KernelArguments), const KernelArguments
 
 using BackwardKernel = void (*)(BackwardArguments);
 
-BackwardKernel backward_kernel(const Convolution& c) {
+template <int STEPS>
+BackwardKernel backward_kernel(int stride, bool normalised) {
+  if (stride == 1) return normalised ? backward<1, STEPS, true> : backward<1, STEPS, false>;
+  return normalised ? backward<2, STEPS, true> : backward<2, STEPS, false>;
+}
+
+BackwardKernel backward_kernel(const Convolution& c, bool normalised) {
   switch (chunk_of(c.in_channels)) {
-    case 64: return c.stride == 1 ? backward<1, 4> : backward<2, 4>;
-    case 32: return c.stride == 1 ? backward<1, 2> : backward<2, 2>;
-    default: return c.stride == 1 ? backward<1, 1> : backward<2, 1>;
+    case 64: return backward_kernel<4>(c.stride, normalised);
+    case 32: return backward_kernel<2>(c.stride, normalised);
+    default: return backward_kernel<1>(c.stride, normalised);
   }
 }
 
@@ -232,12 +238,14 @@ cudaError_t backward_plan(const Convolution& c, BackwardPlan& result) {
   }
   result.tiling = choose_backward_tiling(c, device);
   if (result.tiling.tiles == 0) return cudaErrorInvalidConfiguration;
-  const void* kernel = reinterpret_cast<const void*>(backward_kernel(c));
   const int most = device.shared_bytes - backward_beside;  // for all plans, not this one alone
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return error;
   int blocks = 0;
-  const int bytes = result.tiling.shared_bytes;
-  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes)) return error;
+  for (const bool normalised : {false, true}) {
+    const void* kernel = reinterpret_cast<const void*>(backward_kernel(c, normalised));
+    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return error;
+    const int bytes = result.tiling.shared_bytes;  // both kernels have as many registers at most
+    if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes)) return error;
+  }
   if (blocks == 0) return cudaErrorInvalidConfiguration;
   const int chunks = c.in_channels / result.tiling.chunk;
   const int most_rows = std::max(1, std::min(blocks, blocks_per_processor) * device.processors / chunks);
@@ -290,7 +298,7 @@ cudaError_t launch(const ConvolutionBackward& p, cudaStream_t stream) {
   if (const cudaError_t error = backward_plan(p.convolution, plan)) return error;
   const int blocks = plan.rows * (p.convolution.in_channels / plan.tiling.chunk);
   const BackwardArguments arguments{p, plan.tiling};
-  return launch_blocks(backward_kernel(p.convolution), arguments, blocks, threads, plan.tiling.shared_bytes, true,
+  return launch_blocks(backward_kernel(p.convolution, p.in_norm.mean != nullptr), arguments, blocks, threads, plan.tiling.shared_bytes, true,
                        stream);
 }
 

@@ -203,26 +203,38 @@ __device__ void load_dz(const BackwardArguments& p, const Layout<STRIDE, STEPS>&
 #pragma unroll 1
   for (int first = threadIdx.x / parts; first < pixels; first += batch * stride) {
     uint4 grads[batch], zs[batch];
-    unsigned there = 0;
+    uint32_t there[batch];  // all bits or none
 #pragma unroll
     for (int k = 0; k < batch; k++) {
       const int index = located(min(first + k * stride, pixels - 1), t.z_width, t.by_z_width, t.z_height, t.by_z_height, tile.image,
                                 step * tile.y - halo, step * tile.x - halo, c.batch, c.out_height, c.out_width);
-      there |= (index >= 0) << k;
+      there[k] = index >= 0 ? 0xffffffffu : 0;
       grads[k] = index >= 0 ? __ldcg(grad + index * parts) : uint4{};
       zs[k] = index >= 0 ? __ldcg(z + index * parts) : uint4{};
     }
+    if (p.pass.masks) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {  // two channels
-      float2 of[5];
+      for (int i = 0; i < 4; i++) {  // two channels
+        const float2 scale = reinterpret_cast<const float2*>(at.coefficients + 3 * c.out_channels + part * 8)[i];
+        const float2 shift = reinterpret_cast<const float2*>(at.coefficients + 4 * c.out_channels + part * 8)[i];
 #pragma unroll
-      for (int k = 0; k < 5; k++) of[k] = reinterpret_cast<const float2*>(at.coefficients + k * c.out_channels + part * 8)[i];
+        for (int k = 0; k < batch; k++) {
+          const uint32_t v = reinterpret_cast<const uint32_t*>(&zs[k])[i];
+          reinterpret_cast<uint32_t*>(&grads[k])[i] &= (low(v) * scale.x + shift.x <= 0 ? 0 : 0xffffu) |
+                                                       (high(v) * scale.y + shift.y <= 0 ? 0 : 0xffff0000u);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float2 of[3];
+#pragma unroll
+      for (int k = 0; k < 3; k++) of[k] = reinterpret_cast<const float2*>(at.coefficients + k * c.out_channels + part * 8)[i];
 #pragma unroll
       for (int k = 0; k < batch; k++) {
         uint32_t& g = reinterpret_cast<uint32_t*>(&grads[k])[i];
         const uint32_t v = reinterpret_cast<const uint32_t*>(&zs[k])[i];
-        const float g0 = low(v) * of[3].x + of[4].x <= 0 ? 0 : low(g), g1 = high(v) * of[3].y + of[4].y <= 0 ? 0 : high(g);
-        g = there >> k & 1 ? pack(of[0].x * g0 + (of[1].x * low(v) + of[2].x), of[0].y * g1 + (of[1].y * high(v) + of[2].y)) : 0;
+        g = there[k] & pack(of[0].x * low(g) + (of[1].x * low(v) + of[2].x), of[0].y * high(g) + (of[1].y * high(v) + of[2].y));
       }
     }
 #pragma unroll

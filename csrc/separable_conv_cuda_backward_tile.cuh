@@ -125,7 +125,8 @@ struct Summed {
   float2 g, products;  // with in_norm: of the gradient of its result, and of that times what it took, less the mean
 };
 
-template <int STRIDE, int STEPS>
+// NORMALISED: with in_norm.
+template <int STRIDE, int STEPS, bool NORMALISED>
 __device__ void gradient_of_x(const BackwardArguments& p, const Layout<STRIDE, STEPS>& at, const TilePlace& tile, int first_channel,
                               Summed& summed) {
   using L = Layout<STRIDE, STEPS>;
@@ -143,18 +144,24 @@ __device__ void gradient_of_x(const BackwardArguments& p, const Layout<STRIDE, S
     const unsigned char* source = at.dd + unit.z_pixel * L::x_bytes + share.channel * 2;
     const unsigned char* of_x = at.x + (unit.x_pixel + tiling.x_width + 1) * L::x_bytes + share.channel * 2;
     const int image = tile.image + unit.image, y = 2 * (tile.y + unit.y), x = 2 * (tile.x + unit.x);
-    const int place = ((image * c.height + y) * c.width + x) * pixel_pairs + (first_channel + share.channel) / 2;
-    bool there[4];
+    const size_t place = ((image * c.height + y) * c.width + x) * pixel_pairs + (first_channel + share.channel) / 2;
+    const bool unit_there = unit.image < tiling.images, there = unit_there && image < c.batch && y < c.height && x < c.width;
+    const bool below = there && y + 1 < c.height, beside = there && x + 1 < c.width;
+    const bool stored[4] = {there, beside, below, below && beside};
     uint32_t taken[4], xs[4];
     float2 grads[4] = {};
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      const int at_q = place + q / 2 * row_pairs + q % 2 * pixel_pairs;
-      there[q] = unit.image < tiling.images && image < c.batch && y + q / 2 < c.height && x + q % 2 < c.width;
-      xs[q] = there[q] ? *reinterpret_cast<const uint32_t*>(of_x + (q / 2 * tiling.x_width + q % 2) * L::x_bytes) : 0;
-      taken[q] = pass.in_norm.mean && there[q] ? static_cast<const uint32_t*>(c.x)[at_q] : 0;
-      if (pass.added && there[q]) {
-        const uint32_t added = static_cast<const uint32_t*>(pass.added)[at_q];
+      const int offset = q / 2 * row_pairs + q % 2 * pixel_pairs;
+      xs[q] = *reinterpret_cast<const uint32_t*>(of_x + (q / 2 * tiling.x_width + q % 2) * L::x_bytes);
+      if (!unit_there) xs[q] = 0;  // past the end of the tile; outside of the map it is 0 anyway
+      if (NORMALISED) taken[q] = stored[q] ? (static_cast<const uint32_t*>(c.x) + place)[offset] : 0;
+    }
+    if (pass.added) {
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        const int offset = q / 2 * row_pairs + q % 2 * pixel_pairs;
+        const uint32_t added = stored[q] ? (static_cast<const uint32_t*>(pass.added) + place)[offset] : 0;
         grads[q] = {low(added), high(added)};
       }
     }
@@ -177,19 +184,18 @@ __device__ void gradient_of_x(const BackwardArguments& p, const Layout<STRIDE, S
     if (!pass.grad_x) continue;
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      if (!there[q]) continue;
-      if (pass.in_norm.mean) {
+      if (NORMALISED) {
         if (low(xs[q]) <= 0) grads[q].x = 0;
         if (high(xs[q]) <= 0) grads[q].y = 0;
       }
-      const uint32_t stored = pack(grads[q].x, grads[q].y);
-      static_cast<uint32_t*>(pass.grad_x)[place + q / 2 * row_pairs + q % 2 * pixel_pairs] = stored;
-      if (!pass.in_norm.mean) continue;
+      const uint32_t result = pack(grads[q].x, grads[q].y);
+      if (stored[q]) (static_cast<uint32_t*>(pass.grad_x) + place)[q / 2 * row_pairs + q % 2 * pixel_pairs] = result;
+      if (!NORMALISED || !stored[q]) continue;
       const float2 mean = *reinterpret_cast<const float2*>(at.in + 2 * L::chunk + share.channel);
-      summed.g.x += low(stored);
-      summed.g.y += high(stored);
-      summed.products.x += low(stored) * (low(taken[q]) - mean.x);
-      summed.products.y += high(stored) * (high(taken[q]) - mean.y);
+      summed.g.x += low(result);
+      summed.g.y += high(result);
+      summed.products.x += low(result) * (low(taken[q]) - mean.x);
+      summed.products.y += high(result) * (high(taken[q]) - mean.y);
     }
   }
 }
@@ -278,7 +284,7 @@ __device__ void store_sums(float2 (&values)[COUNT], float* all, float* target, i
   }
 }
 
-template <int STRIDE, int STEPS>
+template <int STRIDE, int STEPS, bool NORMALISED>
 __global__ void __launch_bounds__(threads, blocks_per_processor) backward(const __grid_constant__ BackwardArguments p) {
   extern __shared__ __align__(16) unsigned char shared[];
   constexpr int chunk = STEPS * step_channels;
@@ -300,7 +306,7 @@ __global__ void __launch_bounds__(threads, blocks_per_processor) backward(const 
   for (int tile = block;;) {
     load_dz<STRIDE, STEPS>(p, at(), place);
     wait_for_groups<0>();
-    if (pass.in_norm.mean) normalise_x<STRIDE, STEPS>(p, at(), place);
+    if (NORMALISED) normalise_x<STRIDE, STEPS>(p, at(), place);
     __syncthreads();
     convolve_x<STRIDE, STEPS>(tiling, at());
     __syncthreads();
@@ -308,7 +314,7 @@ __global__ void __launch_bounds__(threads, blocks_per_processor) backward(const 
     __syncthreads();
     multiply_dz<STRIDE, STEPS>(at(), tiling.z_pixels, c.out_channels);
     __syncthreads();
-    gradient_of_x<STRIDE, STEPS>(p, at(), place, first_channel, summed);
+    gradient_of_x<STRIDE, STEPS, NORMALISED>(p, at(), place, first_channel, summed);
     __syncthreads();
     tile += blocks;
     if (tile >= tiling.tiles) break;
@@ -322,7 +328,7 @@ __global__ void __launch_bounds__(threads, blocks_per_processor) backward(const 
   store_pw<STEPS>(pass, rows, block, first_channel, all, of_pw);
   float* of_dw = all + rows.splits * c.out_channels * chunk;
   store_sums<STEPS>(summed.dw, of_dw, pass.dw_partials + static_cast<size_t>(block) * 9 * c.in_channels + first_channel, c.in_channels);
-  if (!pass.in_norm.mean) return;
+  if (!NORMALISED) return;
   float2 of_norm[2] = {summed.g, summed.products};
   store_sums<STEPS>(of_norm, of_dw + warps * 9 * step_channels,
                     pass.in_partials + static_cast<size_t>(block) * 2 * c.in_channels + first_channel, c.in_channels);
