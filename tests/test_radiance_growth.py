@@ -167,8 +167,9 @@ def test_the_artefact_is_the_student(result):
     (result.folder / "elsewhere").mkdir()
     for name in ("radiance.json", "model.safetensors"):
         (result.folder / "elsewhere" / name).write_bytes((result.folder / "model" / name).read_bytes()[:200])
-    with pytest.raises(ValueError):
-        load_field(result.folder / "elsewhere")
+    for folder in (result.folder / "elsewhere", result.folder / "nothing"):
+        with pytest.raises(ValueError, match="holds no radiance field that can be read"):
+            load_field(folder)
 
 
 def test_the_page_shows_every_field_and_every_stage(result):
@@ -186,6 +187,17 @@ def test_an_unfinished_run_has_a_page_that_says_so(result, tmp_path):
     for count in (0, 1, 3, 5, 8, len(lines) - 3):
         (tmp_path / "events.jsonl").write_text("".join(line + "\n" for line in lines[:count]))
         assert "unfinished" in write_report(tmp_path).read_text()
+
+
+def test_a_student_that_says_little_is_named(result, tmp_path):
+    (tmp_path / "config.yaml").write_text((result.folder / "config.yaml").read_text())
+    found = events(result.folder)
+    for event in found:
+        if event["event"] == "stage":
+            event["layers"] = [each | {"mean_square": (1.0, 0.5, 0.01, 0.001)[each["layer"]], "teacher_mean_square": 1.0}
+                               for each in event["layers"]]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in found))
+    assert "After the last stage layers 3 and 4 said less than 5" in write_report(tmp_path).read_text()
 
 
 def test_a_picture_in_a_foreign_events_file_cannot_leave_its_place(result, tmp_path):

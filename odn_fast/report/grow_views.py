@@ -17,6 +17,7 @@ _CONTROLS = {"random": "neurons of the teacher drawn at random, the same share o
              "half": "half of the neurons of every layer of the teacher, drawn at random",
              "narrow": "one width for all layers, from drawn weights, as wide as the student's size holds"}
 _COLOURS = {"random": ORANGE, "half": "#8a6d10", "narrow": "#7a4fb5"}
+_SILENT = 0.05  # of the teacher's mean square
 _MOST_PICTURE = 1 << 20  # characters of base64
 _USAGE = """from odn_fast.search import load_field      # in Python
 field = load_field("model")"""
@@ -70,6 +71,7 @@ def notes(run: Run) -> Iterable[str]:
         for each in result["controls"]:
             yield (f"Control {each['name']}: {_CONTROLS.get(each['name'], 'another field')}; {counted(each['epochs'], 'epoch')} on "
                    f"colours alone, as many as the student had in all. The student is {_apart(result['test_psnr'], each['test_psnr'])}.")
+        yield from _silent_note(run)
         if grown and max(map(grown.count, grown)) > len(grown) / 2 and len(result["widths"]) > 1:
             most = max(grown, key=grown.count)
             yield f"Layer {most + 1} took {grown.count(most)} of the {len(grown)} stages."
@@ -82,6 +84,16 @@ def notes(run: Run) -> Iterable[str]:
                f"(score: {growth.get('score')}). One run, one seed: differences of some tenths of a dB say little.")
     if run.events["resume"]:
         yield f"The run was resumed {counted(len(run.events['resume']), 'time')}."
+
+
+def _silent_note(run: Run) -> Iterable[str]:
+    """A layer may be close to its attention's target and yet say next to nothing, where that is made of silent neurons."""
+    last = run.last("stage")
+    layers = last["layers"] if last else []
+    silent = [each["layer"] + 1 for each in layers if each["mean_square"] < _SILENT * each["teacher_mean_square"]]
+    if silent:
+        yield (f"After the last stage {listed(silent, 'layer')} said less than {100 * _SILENT:g} % of what the teacher's did (mean square): "
+               "channel attention let R fall by choosing neurons of the teacher that say little, so R steers growth poorly there.")
 
 
 def _cards(run: Run) -> Iterable[tuple[str, str, str]]:

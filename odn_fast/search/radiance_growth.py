@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__, _extension
 from ..config import ConfigError, GrowViewsConfig, from_values, resolve, to_yaml
+from ..data.errors import first_line
 from ..data.views import Scene
 from ..machine import environment
 from ..models.radiance import RadianceField, RadianceShape
@@ -50,15 +51,17 @@ class ViewsResult:
 
 
 def load_field(folder: str | Path) -> RadianceField:
-    """The radiance field that a growth left in `folder`, its `model`. Raises ValueError for damaged files."""
+    """The radiance field that a growth left in `folder`, its `model`. Raises ValueError for missing or damaged files."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    network = RadianceField(RadianceShape.from_dict(json.loads((Path(folder) / "radiance.json").read_text())["shape"]))
     try:
-        network.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-    except (RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: holds no such field ({str(error).splitlines()[0]})") from None
+        description = json.loads((Path(folder) / "radiance.json").read_text(encoding="utf-8"))
+        weights = load_file(Path(folder) / "model.safetensors")
+        network = RadianceField(RadianceShape.from_dict(description["shape"]))
+        network.load_state_dict(weights)
+    except (ValueError, KeyError, TypeError, RecursionError, RuntimeError, OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: holds no radiance field that can be read ({first_line(error)})") from None
     return network
 
 
