@@ -103,23 +103,24 @@ struct Prepared {
 // different ones.
 inline unsigned* counter(const Tensor& x) {
   constexpr int64_t count = 1 << 16;
+  // Launches that are captured keep theirs for ever, in the second half; the others take turns in the first.
   struct Counters {
     Tensor memory;
-    int64_t next;
+    int64_t next[2];
   };
   static std::mutex mutex;
   static auto& all = *new std::map<int, Counters>;  // outlives the CUDA context
+  const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   const std::lock_guard lock(mutex);
   auto found = all.find(x.get_device());
   if (found == all.end()) {
-    TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
-                "run the network once before its CUDA graph is captured: kernels allocate on first use");
-    found = all.emplace(x.get_device(), Counters{at::zeros({count, 2}, x.options().dtype(at::kInt)), 0}).first;
+    TORCH_CHECK(!captured, "run the network once before its CUDA graph is captured: kernels allocate on first use");
+    found = all.emplace(x.get_device(), Counters{at::zeros({2, count, 2}, x.options().dtype(at::kInt)), {0, 0}}).first;
     C10_CUDA_CHECK(cudaDeviceSynchronize());  // other streams use it too
   }
   Counters& counters = found->second;
-  counters.next = (counters.next + 1) % count;
-  return static_cast<unsigned*>(counters.memory.mutable_data_ptr()) + 2 * counters.next;
+  counters.next[captured] = (counters.next[captured] + 1) % count;
+  return static_cast<unsigned*>(counters.memory.mutable_data_ptr()) + 2 * (captured * count + counters.next[captured]);
 }
 
 }  // namespace odn_fast::separable_conv_cuda

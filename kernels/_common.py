@@ -162,6 +162,10 @@ def _device_reasons(device: torch.device) -> list[str]:
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY:
             return [f"{device_name(device)} has compute capability {capability}, expected at least 8.0"]
+        try:
+            triton.runtime.driver.active.get_current_target()
+        except Exception as error:  # where Triton finds no C compiler, say, which it needs to launch
+            return [f"Triton cannot launch here: {' '.join(str(error).split())}"]
     elif not INTERPRETED:
         return [f"tensors are on {device}, expected a CUDA device"]
     return []
@@ -186,7 +190,8 @@ def dot_dtype(dtype: torch.dtype):
 
 
 _COUNTERS = 1 << 14
-_counters: dict[torch.device, Iterator[Tensor]] = {}
+# For launches that are captured, which keep theirs for ever, and for the others, which take turns.
+_counters: dict[torch.device, tuple[Iterator[Tensor], Iterator[Tensor]]] = {}
 
 
 def counter(tensor: Tensor) -> Tensor:
@@ -197,14 +202,15 @@ def counter(tensor: Tensor) -> Tensor:
     device = tensor.device
     if tensor.is_meta:
         return tensor.new_empty(4, dtype=torch.int32)
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if device not in _counters:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if captured:
             raise RuntimeError("run the network once before its CUDA graph is captured: kernels allocate on first use")
-        rows = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device)
+        rows = torch.zeros(2, _COUNTERS, 4, dtype=torch.int32, device=device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams use it too
-        _counters[device] = itertools.cycle(rows.unbind())  # whose next is one step to all threads
-    return next(_counters[device])
+        _counters[device] = tuple(itertools.cycle(half.unbind()) for half in rows)  # whose next is one step to all threads
+    return next(_counters[device][captured])
 
 
 # ---- device functions

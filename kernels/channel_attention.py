@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import channel_attention_sweeps as sweeps
-from ._common import cdiv, counter, dense, dot_dtype, jit, launch, next_power_of_2, rounded
+from ._common import LARGEST, cdiv, counter, dense, dot_dtype, jit, launch, next_power_of_2, rounded
 from ._common import why_not as why_not_tensors
 from ._tuned import blocks
 from .channel_attention_at_once import at_once, moments
@@ -132,6 +132,9 @@ def why_not(function: str, *args) -> list[str]:
         fits = function != "channel_attention_statistics" and 16 * _padded(teacher.shape[2:].numel()) <= MOST_AT_ONCE
         if channels > MOST_TEACHER_CHANNELS and not fits:
             reasons.append(f"teacher has {channels} channels; the Triton kernels take {MOST_TEACHER_CHANNELS} at most")
+        statistics = channels * channels * teacher.shape[0]
+        if function == "channel_attention_statistics" and statistics > LARGEST:
+            reasons.append(f"the Gram matrices have {statistics} elements; the Triton kernels index at most {LARGEST}")
         if student.dim() != 4 or teacher.dim() != 4 or student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
             reasons.append(f"teacher has shape {tuple(teacher.shape)} and student {tuple(student.shape)}")
     return reasons
@@ -243,7 +246,7 @@ def _moments(teacher: Tensor, tile: int, raw: bool) -> tuple[Tensor, Tensor]:
 def channel_attention_loss_backward(grad_loss: Tensor, gradient: Tensor) -> Tensor:
     """As odn_fast.reference.channel_attention."""
     scaled = torch.empty_like(gradient)
-    if not (gradient.is_contiguous() or gradient.is_contiguous(memory_format=torch.channels_last)) or scaled.data_ptr() % 16:
+    if not (gradient.is_contiguous() or gradient.is_contiguous(memory_format=torch.channels_last)) or gradient.data_ptr() % 16:
         gradient = scaled.copy_(gradient)
     count = gradient.numel()
     launch(_scale, (cdiv(count, 2048),), gradient, grad_loss, scaled, count, tile=2048, num_warps=8)
