@@ -8,6 +8,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "separable_conv_cuda_device.h"
 #include "separable_conv_cuda_tile.cuh"
 
 namespace odn_fast::separable_conv_cuda {
@@ -26,13 +27,6 @@ __global__ void __launch_bounds__(threads, blocks_per_processor) infer(const __g
 __device__ unsigned load_acquire(const unsigned* address) {
   unsigned v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(v) : "l"(address) : "memory");
-  return v;
-}
-
-// One more; gives what it was. What the block did before its last barrier is seen by whoever finds the new value.
-__device__ unsigned increment(unsigned* address) {
-  unsigned v;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;\n" : "=r"(v) : "l"(address) : "memory");
   return v;
 }
 
@@ -246,31 +240,7 @@ __global__ void __launch_bounds__(threads, blocks_per_processor) train(const __g
 
 // ---- launching
 
-// What is asked of a device once.
-struct Device {
-  int processors, shared_bytes, major;
-};
-
-cudaError_t current_device(int& index, Device& device) {
-  static std::mutex mutex;
-  static std::map<int, Device> known;
-  if (const cudaError_t error = cudaGetDevice(&index)) return error;
-  const std::lock_guard lock(mutex);
-  const auto found = known.find(index);
-  if (found != known.end()) {
-    device = found->second;
-    return cudaSuccess;
-  }
-  if (const cudaError_t error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)) return error;
-  known[index] = device;
-  return cudaSuccess;
-}
-
 constexpr int beside = 3072;  // static shared memory, and what the system takes of every block
-
-int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // Column tiles of the tensor cores in a chunk of output channels.
 int column_tiles(int out_channels) { return out_channels % 32 == 0 ? 4 : 2; }

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "separable_conv_cuda_backward_tile.cuh"
+#include "separable_conv_cuda_device.h"
 #include "separable_conv_cuda_sums.cuh"
 
 namespace odn_fast::separable_conv_cuda {
@@ -105,46 +106,22 @@ __global__ void __launch_bounds__(threads) sum_weights(const __grid_constant__ W
 
 // ---- launching
 
-// What is asked of a device once.
-struct BackwardDevice {
-  int processors, shared_bytes, major;
-};
-
-cudaError_t current_backward_device(int& index, BackwardDevice& device) {
-  static std::mutex mutex;
-  static std::map<int, BackwardDevice> known;
-  if (const cudaError_t error = cudaGetDevice(&index)) return error;
-  const std::lock_guard lock(mutex);
-  const auto found = known.find(index);
-  if (found != known.end()) {
-    device = found->second;
-    return cudaSuccess;
-  }
-  if (const cudaError_t error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)) return error;
-  known[index] = device;
-  return cudaSuccess;
-}
-
 constexpr int backward_beside = 2048;  // static shared memory, and what the system takes of every block
-
-int upwards(int a, int b) { return (a + b - 1) / b; }
 
 int chunk_of(int in_channels) { return in_channels % 64 == 0 ? 64 : in_channels % 32 == 0 ? 32 : 16; }
 
 // The tile of so many images, and rows and columns of units.
 BackwardTiling backward_tiling(const Convolution& c, int images, int rows, int columns) {
-  const int unit_rows = upwards(c.height, 2), unit_columns = upwards(c.width, 2), outputs = c.stride == 1 ? 4 : 1;
+  const int unit_rows = divide_up(c.height, 2), unit_columns = divide_up(c.width, 2), outputs = c.stride == 1 ? 4 : 1;
   BackwardTiling t{};
   t.images = images, t.unit_rows = rows, t.unit_columns = columns;
-  t.units = upwards(images * rows * columns, 16 / outputs) * (16 / outputs);
+  t.units = divide_up(images * rows * columns, 16 / outputs) * (16 / outputs);
   t.x_height = 2 * rows + (c.stride == 1 ? 2 : 1), t.x_width = 2 * columns + (c.stride == 1 ? 2 : 1);
   t.z_height = c.stride == 1 ? 2 * rows + 2 : rows + 1, t.z_width = c.stride == 1 ? 2 * columns + 2 : columns + 1;
   t.x_pixels = images * t.x_height * t.x_width;
   t.z_pixels = (images * t.z_height * t.z_width / 16 + 1) * 16;
-  t.tiles_y = upwards(unit_rows, rows), t.tiles_x = upwards(unit_columns, columns);
-  t.tiles = upwards(c.batch, images) * t.tiles_y * t.tiles_x;
+  t.tiles_y = divide_up(unit_rows, rows), t.tiles_x = divide_up(unit_columns, columns);
+  t.tiles = divide_up(c.batch, images) * t.tiles_y * t.tiles_x;
   t.chunk = chunk_of(c.in_channels);
   t.by_x_width = inverse(t.x_width), t.by_x_height = inverse(t.x_height);
   t.by_z_width = inverse(t.z_width), t.by_z_height = inverse(t.z_height);
@@ -160,8 +137,8 @@ BackwardTiling backward_tiling(const Convolution& c, int images, int rows, int c
 
 // The tile with which all blocks are done first, by a rough model in pixels: some of latency, some of leaving partial
 // sums, the rest of work that the blocks of a processor share. One alone leaves it idle at times.
-BackwardTiling choose_backward_tiling(const Convolution& c, const BackwardDevice& device) {
-  const int unit_rows = upwards(c.height, 2), unit_columns = upwards(c.width, 2), chunk = chunk_of(c.in_channels);
+BackwardTiling choose_backward_tiling(const Convolution& c, const Device& device) {
+  const int unit_rows = divide_up(c.height, 2), unit_columns = divide_up(c.width, 2), chunk = chunk_of(c.in_channels);
   const int latency = 16384 / (chunk + c.out_channels), leaving = 4 * chunk * c.out_channels / (chunk + c.out_channels);
   BackwardTiling best{};
   double lowest = 0;
@@ -172,8 +149,8 @@ BackwardTiling choose_backward_tiling(const Convolution& c, const BackwardDevice
       const BackwardTiling t = backward_tiling(c, whole ? std::min(c.batch, units / (rows * columns)) : 1, rows, columns);
       const int blocks = std::min(blocks_per_processor, device.shared_bytes / (t.shared_bytes + backward_beside));
       if (blocks == 0) continue;
-      const int all = t.tiles * (c.in_channels / chunk), rounds = upwards(all, device.processors * blocks);
-      const double together = std::max(1.6, static_cast<double>(std::min(blocks, upwards(all, device.processors))));
+      const int all = t.tiles * (c.in_channels / chunk), rounds = divide_up(all, device.processors * blocks);
+      const double together = std::max(1.6, static_cast<double>(std::min(blocks, divide_up(all, device.processors))));
       const double cost = rounds * (latency + together * (t.units * 4 + t.x_pixels + 2 * t.z_pixels) / 4.0) + together * leaving;
       if (best.tiles == 0 || cost < lowest) lowest = cost, best = t;
     }
@@ -186,8 +163,8 @@ template <typename KernelArguments>
 cudaError_t launch_blocks(void (*kernel)(KernelArguments), const KernelArguments& arguments, int blocks, int block_threads,
                           int shared_bytes, bool follows, cudaStream_t stream) {
   int index = 0;
-  BackwardDevice device{};
-  if (const cudaError_t error = current_backward_device(index, device)) return error;
+  Device device{};
+  if (const cudaError_t error = current_device(index, device)) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -228,8 +205,8 @@ cudaError_t backward_plan(const Convolution& c, BackwardPlan& result) {
   static std::mutex mutex;
   static std::map<Key, BackwardPlan> known;
   int index = 0;
-  BackwardDevice device{};
-  if (const cudaError_t error = current_backward_device(index, device)) return error;
+  Device device{};
+  if (const cudaError_t error = current_device(index, device)) return error;
   const std::lock_guard lock(mutex);
   const Key key{index, c.batch, c.in_channels, c.out_channels, c.height, c.width, c.stride};
   if (const auto found = known.find(key); found != known.end()) {
@@ -249,7 +226,7 @@ cudaError_t backward_plan(const Convolution& c, BackwardPlan& result) {
   if (blocks == 0) return cudaErrorInvalidConfiguration;
   const int chunks = c.in_channels / result.tiling.chunk;
   const int most_rows = std::max(1, std::min(blocks, blocks_per_processor) * device.processors / chunks);
-  result.rows = upwards(result.tiling.tiles, upwards(result.tiling.tiles, most_rows));
+  result.rows = divide_up(result.tiling.tiles, divide_up(result.tiling.tiles, most_rows));
   known[key] = result;
   return cudaSuccess;
 }
@@ -265,8 +242,8 @@ const char* why_not_backward(int in_channels, int out_channels, int stride) {
   if (in_channels % step_channels || out_channels % 16 || in_channels > most_channels || out_channels > 128)
     return "channels are not multiples of 16 up to 256, and 128 of the output";
   int index = 0;
-  BackwardDevice device{};
-  if (current_backward_device(index, device) != cudaSuccess) return "the CUDA device does not answer";
+  Device device{};
+  if (current_device(index, device) != cudaSuccess) return "the CUDA device does not answer";
   if (device.major < 8) return "the compute capability of the device is below 8.0";
   const Convolution c{1, in_channels, out_channels, 64, 64, 64 / stride, 64 / stride, stride};
   if (choose_backward_tiling(c, device).tiles == 0) return "a tile does not fit into shared memory";
@@ -275,8 +252,8 @@ const char* why_not_backward(int in_channels, int out_channels, int stride) {
 
 size_t norm_partial_floats(int channels) {
   int index = 0;
-  BackwardDevice device{};
-  if (current_backward_device(index, device) != cudaSuccess) return 0;
+  Device device{};
+  if (current_device(index, device) != cudaSuccess) return 0;
   return static_cast<size_t>(device.processors) * 2 * channels;
 }
 
@@ -287,8 +264,8 @@ int partial_rows(const Convolution& c) {
 
 cudaError_t launch(const NormBackward& p, cudaStream_t stream) {
   int index = 0;
-  BackwardDevice device{};
-  if (const cudaError_t error = current_backward_device(index, device)) return error;
+  Device device{};
+  if (const cudaError_t error = current_device(index, device)) return error;
   return launch_blocks(norm_backward, NormArguments{p}, norm_blocks(p.pixels, p.channels, device.processors), norm_threads, 0,
                        false, stream);
 }
@@ -304,7 +281,7 @@ cudaError_t launch(const ConvolutionBackward& p, cudaStream_t stream) {
 
 cudaError_t launch(const WeightSums& p, cudaStream_t stream) {
   int blocks = 0;
-  for (int i = 0; i < p.count; i++) blocks += upwards(p.weights[i].size, block_elements);
+  for (int i = 0; i < p.count; i++) blocks += divide_up(p.weights[i].size, block_elements);
   return launch_blocks(sum_weights, WeightArguments{p}, blocks, threads, 0, true, stream);
 }
 

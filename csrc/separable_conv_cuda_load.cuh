@@ -66,6 +66,13 @@ __device__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u
 
 __device__ float relu(float v) { return v < 0 ? 0 : v; }  // NaN stays NaN
 
+// One more; gives what it was. What the block did before its last barrier is seen by whoever finds the new value.
+__device__ unsigned increment(unsigned* address) {
+  unsigned v;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;\n" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+
 // 16 bytes, zeros where they are not there; `source` is a valid address in any case.
 __device__ void copy_async(unsigned char* target, const void* source, bool there) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(target));

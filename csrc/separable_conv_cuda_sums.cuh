@@ -7,13 +7,6 @@
 namespace odn_fast::separable_conv_cuda {
 namespace {
 
-// One more; gives what it was. What the block did before its last barrier is seen by whoever finds the new value.
-__device__ unsigned count_one(unsigned* address) {
-  unsigned v;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;\n" : "=r"(v) : "l"(address) : "memory");
-  return v;
-}
-
 // A launch of a pass may start before the one it follows has ended (see `launch_blocks`). What that one writes may be
 // read after this; the other call lets the next launch start, which then waits in turn.
 __device__ void wait_for_launch_before() {
@@ -100,7 +93,7 @@ __device__ void finish_norm(const float* partials, int rows, int channels, float
                             const BatchNormGradients& gradients, unsigned* counter, unsigned blocks, float* all) {
   __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) last = count_one(counter) == blocks - 1;
+  if (threadIdx.x == 0) last = increment(counter) == blocks - 1;
   __syncthreads();
   if (!last) return;
   if (threadIdx.x == 0) *counter = 0;
