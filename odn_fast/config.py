@@ -108,7 +108,7 @@ class GrowthConfig(_Section):
     c: Annotated[float, Field(ge=0, le=1)] = 0.5
     skip: Literal["auto", "always"] = "auto"
     standardize: bool = True
-    width: Positive = 1.0
+    width: Positive | None = None
     augment: Literal["none", "stages", "retrain", "both"] = "none"
     cache_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0
     controls: list[Literal["labels", "logits", "scratch"]] = ["labels", "logits"]

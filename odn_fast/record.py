@@ -149,7 +149,7 @@ class RunFolder:
         """The newest checkpoint that is whole, or None where there is none; events are cut back to it.
 
         A damaged one is passed over, renamed, and named in `warnings`. Raises RunError if every one is damaged, or if
-        there is none although the run had come to a result at some depth.
+        there is none although the run had come to a result at some depth or stage.
         """
         numbers = self._numbers()
         damaged = []
@@ -168,7 +168,7 @@ class RunFolder:
             return saved["state"]
         if damaged:
             raise RunError(f"{self.path}/checkpoints: none of {len(damaged)} can be read; start the search again in a new folder")
-        if any(event["event"] in ("depth", "result") for event in self.events()):
+        if any(event["event"] in ("depth", "stage", "result") for event in self.events()):
             raise RunError(f"{self.path}/checkpoints: is empty, so there is nothing to go on from; its models and report stay "
                            "as they are: start a new run in another folder")
         self._cut_events(0)

@@ -104,7 +104,8 @@ def test_the_loss_of_a_stage(teacher, split):
 def test_the_loss_reaches_every_weight_of_the_student(teacher, split):
     student, positions = student_of(teacher).train(), torch.arange(32)
     maps = kept(teacher, split, 0)
-    growth_loss(student.graph, maps, split.labels, lambda: 1.0, True)(student, NORMALISATION(split.images[:32]), positions)[0].sum().backward()
+    loss = growth_loss(student.graph, maps, split.labels, lambda: 1.0, True)
+    loss(student, NORMALISATION(split.images[:32]), positions)[0].sum().backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
@@ -144,7 +145,8 @@ def test_measures_are_means_over_the_whole_split(teacher, split, standardize):
         assert found.mean_square == pytest.approx(float(map_.square().mean()), rel=1e-4)
         weights = reference.attention_weights(map_, given, standardize)
         entropy = -(weights * weights.clamp_min(1e-30).log()).sum(2).mean() / math.log(weights.shape[2])
-        assert found.entropy == pytest.approx(float(entropy), rel=1e-4) and found.peak == pytest.approx(float(weights.amax(2).mean()), rel=1e-4)
+        assert found.entropy == pytest.approx(float(entropy), rel=1e-4)
+        assert found.peak == pytest.approx(float(weights.amax(2).mean()), rel=1e-4)
         distinct = sum(len(set(row.tolist())) for row in weights.argmax(2)) / 300
         assert found.distinct == pytest.approx(distinct, rel=1e-5)
         assert found.dead == int((map_.amax((0, 2, 3)) <= 0).sum())

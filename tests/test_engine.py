@@ -9,7 +9,7 @@ from test_models import tiny
 from torch import nn
 
 from odn_fast.data import Batches, Normalisation, Split
-from odn_fast.engine import (Convergence, CosineEpochs, FitConfig, FitData, Interrupted, Interrupts, Training,
+from odn_fast.engine import (Convergence, CosineEpochs, FitConfig, FitData, Interrupted, Interrupts, SteppedEpochs, Training,
                              accuracy, classification_loss, confusion, fit, measure_latency, resolve_precision, tune_allocator)
 from odn_fast.models import FoldedNetwork
 
@@ -68,6 +68,23 @@ def test_the_authors_curve_is_followed_exactly():
             break
     outcome, ours, training = follow(Convergence(need=99.9), curve, lr=0.01)
     assert outcome == "converged" and (ours, training.lr) == (epochs, lr) and round(training.best_accuracy, 1) == best
+
+
+@pytest.mark.parametrize("epochs, drops", [(10, (5, 8)), (400, (200, 300)), (5, (3, 4)), (2, (1, 2)), (1, (1, 1))])
+def test_stages_drop_the_learning_rate_after_a_half_and_after_three_quarters(epochs, drops):
+    rule = SteppedEpochs(epochs, 0.025)
+    rates = [rule.learning_rate(Training(0.025, epoch=epoch)) for epoch in range(epochs)]
+    assert rates == pytest.approx([0.025 * 0.1 ** sum(epoch >= drop for drop in drops) for epoch in range(epochs)])
+    assert rule.finished(Training(0.025, epoch=epochs - 1)) is None and rule.finished(Training(0.025, epoch=epochs)) == "epochs"
+
+
+def test_of_equal_epochs_of_a_retraining_the_later_is_the_best():
+    rule, training = SteppedEpochs(4, 0.1), Training(0.1)
+    improved = []
+    for training.epoch, reached in enumerate((70.0, 90.0, 80.0, 90.0), 1):
+        improved.append(rule.after_epoch(training, reached))
+    assert improved == [True, True, False, True] and (training.best_accuracy, training.best_epoch) == (90.0, 4)
+    assert not SteppedEpochs(4, 0.1).after_epoch(training, None)
 
 
 def test_warm_up_anneals_by_half_a_cosine():

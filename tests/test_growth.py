@@ -7,6 +7,7 @@ import torch
 from test_distillation import Blocks
 
 import odn_fast
+import odn_fast.report
 from odn_fast.config import ConfigError
 from odn_fast.data import Normalisation, load
 from odn_fast.engine import accuracy, confusion
@@ -44,6 +45,14 @@ def small(tmp_path, name="run", teacher=None, **settings):
                 "threads": 1, "seed": 5, "controls": []}
     return grow(teacher or blocks(), train=images(80, 0), validation=images(40, 1), test=images(35, 2), out=tmp_path / name,
                 **{**defaults, **settings})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_report():
+    """Its plots would take most of the time; test_growth_command_line.py has one written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(odn_fast.report, "write_report", lambda folder: folder)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +257,34 @@ def test_a_teacher_from_a_file(tmp_path):
     result = grow(tmp_path / "teacher.th", "digits", budget="6k", limit_train=100, out=tmp_path / "run", controls=[], **QUICK)
     assert result.teacher["name"] == "ResNet-20" and result.stages == 0
     assert not [event for event in events(result, "epoch") if event["phase"] == "teacher"]
+
+
+def test_teachers_of_bottleneck_blocks_get_narrow_students(tmp_path):
+    class Bottlenecks(Blocks):
+        def __init__(self):
+            super().__init__()
+            for part in self.parts:
+                part.add_module("conv3", torch.nn.Conv2d(part[0].out_channels, part[0].out_channels, 1))
+
+    teacher = teacher_of(Bottlenecks(), ["parts.0", "parts.1", "parts.2"], (2, 6, 6), "bottlenecks")
+    widths = [small(tmp_path, str(width), teacher=teacher, budget=150, width=width).config.growth.width for width in (None, 0.5)]
+    assert widths == [0.25, 0.5]
+    assert small(tmp_path).config.growth.width == 1
+
+
+def test_data_without_a_test_split(tmp_path):
+    result = grow(blocks(), train=images(80, 0), validation=images(40, 1), out=tmp_path / "run", budget=500, max_flops=10**6,
+                  stage_epochs=1, retrain_epochs=1, threads=1, controls=["labels"])
+    assert result.test_accuracy is None and result.controls[0]["test_accuracy"] is None and not events(result, "test_reading")
+    assert events(result, "result")[0]["confusion_split"] == "validation"
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_anew(tmp_path):
+    result = small(tmp_path)
+    for path in (result.folder / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(RunError, match="nothing to go on from"):
+        resume(result.folder, teacher=blocks(), train=images(80, 0), validation=images(40, 1), test=images(35, 2))
 
 
 def test_the_callers_teacher_threads_and_random_state_are_left_alone(tmp_path):

@@ -153,9 +153,8 @@ def _conclude_growth(result: GrowResult, display: Display):
     as_good = [entry["name"] for entry in result.controls
                if entry["validation_accuracy"] is not None and entry["validation_accuracy"] >= result.validation_accuracy]
     if as_good:
-        display.message(f"the same graph trained on {' or on '.join(as_good)} is as good on validation: these figures do not show "
-                        "that growth helped its weights" if as_good != ["scratch"] else
-                        "the same graph retrained from drawn weights is as good on validation")
+        display.message(f"as good or better on validation: {', '.join(as_good)}; so these figures do not show that growing the "
+                        "student brought more than training its graph")
     display.message(f"model:  {result.folder / 'model'}")
     display.message(f"report: {result.folder / 'report.html'}")
 

@@ -18,7 +18,7 @@ from ..models.teachers import NETWORKS, Teacher
 from ..record import RunFolder
 from .display import Display, Silent
 from .growth_phases import Growth, grow_stages, prepare_teacher, restore_teacher, retrain, run_controls
-from .growth_setup import check_teacher, create_teacher, first_student, limits_of, teacher_checksum
+from .growth_setup import check_teacher, create_teacher, first_student, limits_of, natural_width, teacher_checksum
 from .growth_state import GrowState
 from .lifecycle import Session, announce, at_work, from_settings, given_data, record_start, reopened, with_threads
 from .setup import check_device, default_folder, load_data
@@ -69,7 +69,7 @@ def grow(teacher: str | Path | Teacher | None = None, dataset: str | DataSet | N
         out: the run folder to make (default: a new one in `runs/`).
         progress: print what happens.
         settings: any setting of `GrowConfig` by the last part of its name, such as `budget_flops`, `stage_epochs`, `score`,
-            `width` (1/4 suits teachers of bottleneck blocks), `lr`, `seed`; the teacher's as `teacher_lr`, `teacher_epochs`.
+            `lr`, `seed`; the teacher's as `teacher_lr`, `teacher_epochs`.
 
     Raises:
         ConfigError, DataError, ValueError: something asked for cannot be; the message is one line.
@@ -99,6 +99,8 @@ def run_growth(config: GrowConfig, out: str | Path | None, *, teacher: Teacher |
     data = data or load_data(config)
     check_device(config.run.device)
     teacher = _teacher(config, data, teacher)
+    if config.growth.width is None:
+        config = from_values({"growth.width": natural_width(teacher)}, config.model_dump(), GrowConfig)
     first_student(config, teacher, data)
     checksum = data.checksum()
     folder = RunFolder.create(out or default_folder("grow", config.data.dataset, teacher.name.lower()), to_yaml(config))

@@ -49,6 +49,14 @@ def teacher_checksum(teacher: Teacher) -> str:
     return digest.hexdigest()
 
 
+def natural_width(teacher: Teacher) -> float:
+    """A student's channels over its teacher's: 1/4 where residual blocks of three convolutions widen their maps by four.
+
+    At full width the smallest student of a ResNet-50 would have a quarter of its parameters.
+    """
+    return 0.25 if any(name.endswith("conv3.weight") for name in teacher.state_dict()) else 1.0
+
+
 def limits_of(config: GrowConfig, teacher: Teacher) -> Limits:
     """What a student may cost. A budget in parameters alone would allow shallow students of twice the teacher's FLOPs."""
     growth = config.growth

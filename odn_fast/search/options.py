@@ -88,8 +88,8 @@ GROW = [
     Option("--c", "growth.c", float, "C", "place of a new node on its edge, 0 to 1; the larger, the nearer to the images"),
     Option("--skip", "growth.skip", str, "WHICH", "skip connections of units: auto, the identity where shapes allow it; always, a "
                                                   "1x1 convolution everywhere"),
-    Option("--width", "growth.width", float, "FACTOR", "a node's channels over its teacher map's; 0.25 suits teachers of bottleneck "
-                                                       "blocks"),
+    Option("--width", "growth.width", float, "FACTOR", "a node's channels over its teacher map's (default: 1, for teachers of "
+                                                       "bottleneck blocks 0.25)"),
     Option("--augment", "growth.augment", str, "WHEN", "none, stages, retrain or both: random crops and flips of the student's images"),
     Option("--cache-gib", "growth.cache_gib", float, "GIB", "memory for the teacher's maps, computed once, in GiB; what does not fit "
                                                             "is computed at every step"),
