@@ -39,9 +39,9 @@ UNITS = {
     "pooled_twice": ((4, 3, 16, 13, 10), "projection", 4),
     "pooled_less_than_a_window": ((12, 5, 20, 3, 2), "projection", 4),
     "one_position": ((12, 33, 17, 1, 1), "projection", 1),
-    "one_image": ((1, 40, 64, 6, 7), "none", 1),
+    "one_image": ((1, 48, 64, 6, 7), "none", 1),
     "no_skip_2": ((2, 3, 18, 9, 8), "none", 2),
-    "no_skip_4": ((6, 5, 24, 9, 8), "none", 4),
+    "no_skip_4": ((6, 16, 48, 9, 8), "none", 4),
 }
 
 
