@@ -270,16 +270,17 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_comes_to_the_same_bits(tmp_path, monkeypatch):
-    """Killed at drawn steps within every phase, once as a real process; weights and figures are those of an undisturbed run."""
-    few = SETTINGS | {"budget_share": 0.45, "controls": ["random"], "checkpoint_minutes": 0.0002}
+    """Killed at drawn steps, before their checkpoint, and once as a real process: weights and figures are those of an
+    undisturbed run."""
+    few = SETTINGS | {"budget_share": 0.45, "controls": ["random"], "checkpoint_minutes": 1e-6}
     steps, dies_at = [0], set()
     step = Recorder.step
 
     def counted(*arguments):
-        step(*arguments)
         steps[0] += 1
         if steps[0] in dies_at:
             raise Killed
+        step(*arguments)
 
     monkeypatch.setattr(Recorder, "step", counted)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -289,7 +290,7 @@ def test_a_killed_run_comes_to_the_same_bits(tmp_path, monkeypatch):
     dies_at.update(random.Random(seed).sample(range(8, steps[0]), 6))
     steps[0] = 0
     child = subprocess.Popen([sys.executable, "-m", "odn_fast.search", "grow-views", *TINY, "--budget-share", "0.45", "--controls",
-                              "random", "--checkpoint-minutes", "0.0002", "--out", str(killed)], stdout=subprocess.DEVNULL)
+                              "random", "--checkpoint-minutes", "1e-6", "--out", str(killed)], stdout=subprocess.DEVNULL)
     while child.poll() is None and len(events(killed, "epoch")) < 2:
         time.sleep(0.002)
     child.kill()
