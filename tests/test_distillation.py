@@ -67,16 +67,21 @@ def test_kept_maps_are_those_that_are_computed(teacher, split):
 
 
 def test_the_limit_and_the_order_decide_what_is_kept(teacher, split):
-    first = 300 * 4 * (4 * 36 + 4 * 6)  # the map, and its mean, std and Gram matrix
-    third = 300 * 4 * (6 * 9 + 6 * 8)
+    first, third = 300 * 4 * 4 * 36, 300 * 4 * 6 * 9  # bytes; the second map is as large as the third
     maps = kept(teacher, split, first + third - 1)
-    maps.want([3, 1, 2])
-    assert maps.kept == [2, 3] or maps.kept == [3]
+    assert maps.want([3, 1, 2]) == [1] and maps.kept == [2, 3]
     maps = kept(teacher, split, first + third)
-    maps.want([1])
-    maps.want([1, 3])
-    maps.want([1, 3, 2])
+    assert [maps.want([1]), maps.want([1, 3]), maps.want([1, 3, 2]), maps.want([1, 3, 2])] == [[], [], [2], []]
     assert maps.kept == [1, 3]
+
+
+def test_statistics_are_kept_where_there_is_room_for_those_of_every_map(teacher, split):
+    everything = 300 * 4 * (4 * 36 + 4 * 6 + 2 * (6 * 9 + 6 * 8))  # with mean, std and Gram matrix
+    for limit, expected in ((everything, True), (everything - 1, False)):
+        maps = kept(teacher, split, limit)
+        assert maps.bytes(1) == 300 * 4 * (4 * 36 + (4 * 6 if expected else 0))
+        maps.want([1])
+        assert (maps.at(NORMALISATION(split.images[:2]), torch.arange(2), [1])[0][1] is not None) == expected
 
 
 def test_maps_of_bf16_training_take_half_the_memory(teacher, split):

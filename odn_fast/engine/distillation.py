@@ -32,7 +32,8 @@ class TeacherMaps:
         limit: bytes that may be kept; 0 computes every map when it is asked for.
         precision: "fp32" or "bf16" (autocast), as the student is trained in.
 
-    Which maps are kept depends on the limit and on the order in which they were wanted, and on nothing else.
+    Which maps are kept depends on the limit and on the order in which they were wanted, and on nothing else. Their
+    statistics are kept beside them where the limit would hold those of every map.
     """
 
     def __init__(self, teacher: Teacher, split: Split, normalisation: Normalisation, limit: int, precision: str, device: str):
@@ -41,26 +42,30 @@ class TeacherMaps:
         self._precision, self._device = precision, device
         self._kept: dict[int, list[Tensor]] = {}
         self._refused: set[int] = set()
+        self._room_for_statistics = True  # for all that follows to be asked of `bytes`
+        self._room_for_statistics = sum(map(self.bytes, range(1, len(teacher.map_shapes) + 1))) <= limit
 
     @property
     def kept(self) -> list[int]:
         """Numbers q of the maps that are kept."""
         return sorted(self._kept)
 
-    def want(self, qs: Sequence[int]):
-        """Compute and keep the maps `qs` where they fit, earlier ones first."""
-        fresh = []
+    def want(self, qs: Sequence[int]) -> list[int]:
+        """Compute and keep the maps `qs` where they fit, earlier ones first; returns those that do not, the first time."""
+        fresh, refused = [], []
         for q in dict.fromkeys(qs):
             if q in self._kept or q in self._refused:
                 continue
-            size = self._bytes(q)
+            size = self.bytes(q)
             if size > self._left:
-                self._refused.add(q)
+                refused.append(q)
                 continue
             self._left -= size
             fresh.append(q)
+        self._refused |= set(refused)
         if fresh:
             self._kept |= self._computed(fresh)
+        return refused
 
     def at(self, x: Tensor, positions: Tensor, qs: Sequence[int]) -> list[tuple[Tensor, TeacherStatistics | None]]:
         """The maps (N, C_q, H_q, W_q) of images x at `positions` (N,), with their statistics where those are kept."""
@@ -72,7 +77,8 @@ class TeacherMaps:
         rows, *statistics = (kept.index_select(0, positions) for kept in self._kept[q])
         return rows.permute(0, 3, 1, 2), TeacherStatistics(*statistics) if statistics else None
 
-    def _bytes(self, q: int) -> int:
+    def bytes(self, q: int) -> int:
+        """Memory that map q takes with what is kept beside it."""
         channels, height, width = self.teacher.map_shapes[q - 1]
         size = channels * height * width * (2 if self._precision == "bf16" else 4)
         return len(self._split) * (size + (4 * channels * (channels + 2) if self._with_statistics(q) else 0))
@@ -80,7 +86,7 @@ class TeacherMaps:
     def _with_statistics(self, q: int) -> bool:
         """Their Gram matrix has C x C entries: beside a map of fewer positions, reading it costs more than it spares."""
         channels, height, width = self.teacher.map_shapes[q - 1]
-        return channels <= height * width
+        return self._room_for_statistics and channels <= height * width
 
     @torch.no_grad()
     def _computed(self, qs: list[int]) -> dict[int, list[Tensor]]:

@@ -186,6 +186,6 @@ def _announce(growth: Growth, session: Session, resumed: bool):
 
 def _result(growth: Growth) -> GrowResult:
     state, reading = growth.state, growth.state.reading
-    return GrowResult(folder=growth.folder.path, params=reading["params"], flops=reading["flops"], stages=state.stage,
+    return GrowResult(folder=growth.folder.path, params=reading["params"], flops=reading["flops"], stages=state.stages,
                       validation_accuracy=reading["validation_accuracy"], test_accuracy=reading["test_accuracy"],
                       controls=state.controls, teacher=state.teacher, collapsed=state.collapsed, config=growth.config)

@@ -22,6 +22,7 @@ from .display import Display, Silent
 from .growth_rules import Limits, Split, alpha, can_grow, choose_split, modification_value, one_sided, shares
 from .growth_setup import limits_of, teacher_network, trained_teacher
 from .growth_state import GrowState
+from .lifecycle import duration
 from .recorder import Recorder
 from .training import Plan, best_so_far, confusion_of, train
 
@@ -105,16 +106,25 @@ def grow_stages(growth: Growth):
         _train_stage(growth, network, maps)
         measures = _measure_stage(growth, network)
         split = _split(growth, measures)
+        state.stages += 1
         state.begin_stage(split.graph, grown(network, split.graph, growth.config.run.seed).state_dict())
         growth.recorder.checkpoint()
-    state.stage -= 1
-    cost = count(state.student)
-    growth.display.message(f"growth ends after {state.stage} stages at {cost.params:,} parameters, {cost.flops / 1e6:.2f} M FLOPs")
     node = one_sided(state.split_nodes)
     if node is not None:
-        _warn(growth, f"node {node} took {100 * shares(state.split_nodes)[node]:.0f} % of the {state.stage} splits")
+        _warn(growth, f"node {node} took {100 * shares(state.split_nodes)[node]:.0f} % of the {state.stages} splits")
     state.begin("retrain", state.weights if settings.retrain_from == "grown" else None)
+    _say_what_grew(growth)
     growth.recorder.checkpoint()
+
+
+def _say_what_grew(growth: Growth):
+    state, settings, cost = growth.state, growth.config.growth, count(growth.state.student)
+    growth.display.message(f"growth ends after {state.stages} stages at {cost.params:,} parameters, {cost.flops / 1e6:.2f} M FLOPs")
+    if state.stages:
+        epochs = settings.retrain_epochs + sum(_control_epochs(growth, name) for name in settings.controls)
+        seconds = epochs * _batches(growth, False).steps_per_epoch * state.step_seconds
+        what = f"retraining{' and controls' if settings.controls else ''}"
+        growth.display.message(f"estimated: {what}, {epochs} epochs, {duration(seconds)} or somewhat more")
 
 
 def _train_stage(growth: Growth, network: StudentNetwork, maps: TeacherMaps):
@@ -127,7 +137,10 @@ def _train_stage(growth: Growth, network: StudentNetwork, maps: TeacherMaps):
     def shown_alpha(training: Training) -> str:
         return f"alpha {alpha(training.epoch - (training.step == 0), epochs):.2f}"  # of the epoch that has just ended, at its end
 
-    maps.want([node.q for node in network.graph.supervised])
+    refused = maps.want([node.q for node in network.graph.supervised])
+    if refused and settings.cache_gib and settings.augment not in ("stages", "both"):
+        growth.display.message(f"the teacher's map {refused[0]} does not fit into --cache-gib {settings.cache_gib:g} any more (it needs "
+                               f"{maps.bytes(refused[0]) / 2**30:.1f}), and is computed at every step")
     loss = growth_loss(network.graph, maps, _labels(growth), present_alpha, settings.standardize)
     outcome = _train(growth, network, f"stage {state.stage}", f"stage {state.stage} ({count(network.graph).params:,} parameters)",
                      SteppedEpochs(epochs, growth.config.training.lr), loss, growth.config.training,
@@ -150,11 +163,12 @@ def _measure_stage(growth: Growth, network: StudentNetwork) -> list[NodeMeasure]
         nodes.append(each.to_dict() | {"in_degree": graph.in_degree(each.node), "out_degree": graph.out_degree(each.node),
                                        "S": modification_value(graph, each.node, each.R)})
     steps = training.epoch * _batches(growth, False).steps_per_epoch
-    step_ms = 1e3 * training.seconds / steps
+    state.step_seconds = training.seconds / steps
     growth.folder.event("stage", stage=state.stage, graph=graph.to_dict(), params=cost.params, flops=cost.flops,
-                        validation_accuracy=reached, epochs=training.epoch, seconds=training.seconds, step_ms=step_ms, nodes=nodes)
+                        validation_accuracy=reached, epochs=training.epoch, seconds=training.seconds,
+                        step_ms=1e3 * state.step_seconds, nodes=nodes)
     growth.display.message(f"stage {state.stage}: {cost.params:,} parameters, {cost.flops / 1e6:.2f} M FLOPs, validation "
-                           f"{reached:.2f} %, {step_ms:.1f} ms a step")
+                           f"{reached:.2f} %, {1e3 * state.step_seconds:.1f} ms a step")
     _look_for_collapse(growth, reached, measures)
     return measures
 
@@ -180,7 +194,7 @@ def _split(growth: Growth, measures: list[NodeMeasure]) -> Split:
     state.split_nodes.append(split.node)
     growth.folder.event("split", stage=state.stage, **split.to_dict(), scores=scores, shares=shares(state.split_nodes))
     edge, q = graph.edge(split.edge), graph.node(split.node).q
-    what = (f"{split.units} more units at the end of edge {split.edge}" if split.kind == "deepen" else
+    what = (f"{split.units} more {'unit' if split.units == 1 else 'units'} at the end of edge {split.edge}" if split.kind == "deepen" else
             f"a new node {split.graph.nodes[-1].id} (q {split.q}) beside edge {split.edge}")
     growth.display.message(f"split: node {split.node} (q {q}) gets {what}, {edge.source} to {edge.target}")
     return split
@@ -252,7 +266,7 @@ _CONTROLS = {"labels": "the same graph from drawn weights, on labels, for as man
 
 def _control_epochs(growth: Growth, name: str) -> int:
     settings = growth.config.growth
-    return settings.retrain_epochs + (0 if name == "scratch" else growth.state.stage * settings.stage_epochs)
+    return settings.retrain_epochs + (0 if name == "scratch" else growth.state.stages * settings.stage_epochs)
 
 
 def _next_control(growth: Growth):
@@ -315,7 +329,7 @@ def _save_student(growth: Growth, network: StudentNetwork):
     manifest = {"odn_fast": __version__, **environment(), "seed": config.run.seed, "threads": config.run.threads,
                 "precision": growth.fit_config.precision, "precision_requested": config.run.precision,
                 "teacher": state.teacher, "student": network.graph.to_dict(), "dataset": data.name,
-                "data_checksum": growth.data_checksum, **growth.limits.to_dict(), "stages": state.stage,
+                "data_checksum": growth.data_checksum, **growth.limits.to_dict(), "stages": state.stages,
                 "latency_runs": latency.runs, **{key: value for key, value in state.reading.items() if "confusion" not in key}}
     normalisation = data.normalisation
     description = export.Description(
@@ -332,7 +346,7 @@ def _finish(growth: Growth):
     state = growth.state
     state.begin("finished")
     growth.folder.event(
-        "result", **state.reading, **growth.limits.to_dict(), stages=state.stage, controls=state.controls,
+        "result", **state.reading, **growth.limits.to_dict(), stages=state.stages, controls=state.controls,
         collapsed=state.collapsed, teacher=state.teacher, shares=shares(state.split_nodes), seconds=growth.recorder.seconds(),
         class_names=list(growth.data.class_names))
     with growth.folder.reporting("report.html"):

@@ -16,7 +16,7 @@ class GrowState:
 
     Attributes:
         phase: one of `PHASES`.
-        stage: number of the stage under training, from 1; after the last, the number of stages.
+        stages: stages that have ended in a split.
         graph: the student under training, as `StudentGraph.to_dict` gives it.
         weights: the state dict from which that training started, or None where it started from drawn weights.
         control: the control under training.
@@ -26,11 +26,12 @@ class GrowState:
         collapsed: whether some node shrank towards a map of zeros.
         reading: of the student: accuracies, and the test split's confusion matrix, read once.
         controls: what the events `control` say.
+        step_seconds: time of a step in the last stage.
         seconds: time spent before this process.
     """
 
     phase: str = "teacher"
-    stage: int = 0
+    stages: int = 0
     graph: dict | None = None
     weights: dict[str, Any] | None = None
     control: str | None = None
@@ -42,7 +43,13 @@ class GrowState:
     collapsed: bool = False
     reading: dict | None = None
     controls: list[dict] = field(default_factory=list)
+    step_seconds: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage under training, from 1; after the last, the number of stages."""
+        return self.stages + (self.phase == "stage")
 
     @property
     def place(self) -> dict[str, Any]:
@@ -58,10 +65,9 @@ class GrowState:
         self.training = self.model = self.optimizer = None
 
     def begin_stage(self, graph: StudentGraph, weights: dict[str, Any] | None):
-        """Move on to the next stage, or out of them if it turns out that growth is over."""
+        """Move on to the next stage."""
         self.begin("stage", weights)
         self.graph = graph.to_dict()
-        self.stage += 1
 
     def to_dict(self) -> dict:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}

@@ -40,6 +40,9 @@ def train(state: State, recorder: Recorder, fit_config: FitConfig, network: nn.M
     else:
         network.load_state_dict(state.model)
         plan.optimizer.load_state_dict(state.optimizer)
+        for name in ("loss_sum", "correct"):  # a checkpoint is read into the processor's memory
+            value = getattr(state.training, name)
+            setattr(state.training, name, None if value is None else value.to(fit_config.device))
     recorder.begin(plan.batches, plan.rule, plan.title, plan.goal)
     with recorder.interrupts.deferred():
         outcome = fit(network, FitData(plan.batches, plan.key, plan.validate), plan.loss, plan.optimizer, fit_config, recorder,
