@@ -180,6 +180,6 @@ def _announce(growth: RadianceGrowth, session: Session, resumed: bool):
 
 def _result(growth: RadianceGrowth) -> ViewsResult:
     state, shape = growth.state, growth.shape
-    return ViewsResult(folder=growth.folder.path, params=shape.params, widths=shape.widths, stages=state.stage,
+    return ViewsResult(folder=growth.folder.path, params=shape.params, widths=shape.widths, stages=state.stages,
                        validation_psnr=state.reading["validation_psnr"], test_psnr=state.reading["test_psnr"],
                        controls=state.controls, teacher=state.teacher, config=growth.config)

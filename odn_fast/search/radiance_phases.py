@@ -133,10 +133,10 @@ def grow_stages(growth: RadianceGrowth):
         layer, larger = _choose(growth, _measure_stage(growth, network, teacher))
         seed = keyed_generator(growth.config.run.seed, "widen", state.stage).initial_seed() % 2**63
         wide = widen_layer(network, layer, larger.widths[layer] - network.shape.widths[layer], seed)
+        state.stages += 1
         state.begin_stage(larger, wide.state_dict())
         growth.recorder.checkpoint()
-    state.stage -= 1
-    growth.display.message(f"growth ends after {state.stage} stages at {growth.shape.params:,} parameters of {growth.budget:,}: "
+    growth.display.message(f"growth ends after {state.stages} stages at {growth.shape.params:,} parameters of {growth.budget:,}: "
                            f"widths {', '.join(map(str, growth.shape.widths))}")
     state.begin("retrain", state.weights)
     growth.recorder.checkpoint()
@@ -208,7 +208,7 @@ def retrain(growth: RadianceGrowth):
 def run_controls(growth: RadianceGrowth):
     """Other fields of the same size, trained on colours for as many epochs: what growth has to be compared with."""
     state, settings = growth.state, growth.config.growth
-    epochs = state.stage * settings.stage_epochs + settings.retrain_epochs
+    epochs = state.stages * settings.stage_epochs + settings.retrain_epochs
     while state.phase == "control":
         name = state.control
         network = control_field(growth, name)
@@ -308,7 +308,7 @@ def _finish(growth: RadianceGrowth):
     state, shape = growth.state, growth.shape
     state.begin("finished")
     growth.folder.event(
-        "result", **state.reading, params=shape.params, widths=list(shape.widths), budget=growth.budget, stages=state.stage,
+        "result", **state.reading, params=shape.params, widths=list(shape.widths), budget=growth.budget, stages=state.stages,
         teacher=state.teacher, controls=state.controls, seconds=growth.recorder.seconds())
     with growth.folder.reporting("report.html"):
         write_report(growth.folder.path)
