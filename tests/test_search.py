@@ -1,6 +1,7 @@
 """The depth search as a whole, on a small network and data that it can learn in a second."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_models import tiny
 import odn_fast
 from odn_fast.config import ConfigError
 from odn_fast.data import Normalisation
-from odn_fast.engine import accuracy, confusion
+from odn_fast.engine import Interrupted, accuracy, confusion
 from odn_fast.export import ModelError
 from odn_fast.record import RunError, RunFolder
 from odn_fast.search import expand, resume
@@ -250,6 +251,21 @@ def test_every_reading_of_the_test_split_stays_on_record(tmp_path, monkeypatch):
                     test=images(35, 2))
     assert len(events(result, "test_reading")) == 2 and len(events(result, "result")) == 1
     assert len([event for event in events(result, "depth") if event["phase"] == "fine_tune"]) == 1
+
+
+def test_a_signal_while_the_folder_is_made_names_a_run_that_can_be_resumed(tmp_path, monkeypatch):
+    created = RunFolder.create.__func__
+
+    def create(kind, path, text):
+        folder = created(kind, path, text)
+        signal.raise_signal(signal.SIGTERM)
+        return folder
+
+    monkeypatch.setattr(RunFolder, "create", classmethod(create))
+    with pytest.raises(Interrupted) as stop:
+        search(tmp_path)
+    assert (stop.value.exit_status, stop.value.folder) == (143, tmp_path / "run")
+    RunFolder.open(tmp_path / "run").close()  # not locked any more
 
 
 def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(tmp_path):

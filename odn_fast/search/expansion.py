@@ -19,7 +19,7 @@ from ..models import DepthNetwork
 from ..record import RunFolder
 from .display import Display, Silent
 from .lifecycle import (
-    Session, announce, at_work, duration, from_settings, given_data, record_start, reopened, with_threads)
+    Session, announce, at_work, duration, from_settings, given_data, new_folder, record_start, reopened, with_threads)
 from .phases import Search, baseline, fine_tune, search_depths, warm_up
 from .preview import depth_rows
 from .setup import check_depths, check_device, create_model, default_folder, load_data
@@ -89,7 +89,7 @@ def run_expansion(config: ExpandConfig, out: str | Path | None, *, model: DepthN
     model = copy.deepcopy(model) if model is not None else create_model(config, data)
     check_depths(config, model, data)
     checksum = data.checksum()
-    folder = RunFolder.create(out or default_folder("expand", config.data.dataset, config.model or "model"), to_yaml(config))
+    folder = new_folder(out or default_folder("expand", config.data.dataset, config.model or "model"), to_yaml(config))
     return _run(config, model, data, checksum, folder, RunState(), display, resumed=False)
 
 

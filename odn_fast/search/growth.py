@@ -20,7 +20,7 @@ from .display import Display, Silent
 from .growth_phases import Growth, grow_stages, prepare_teacher, restore_teacher, retrain, run_controls
 from .growth_setup import check_teacher, create_teacher, first_student, limits_of, natural_width, teacher_checksum
 from .growth_state import GrowState
-from .lifecycle import Session, announce, at_work, from_settings, given_data, record_start, reopened, with_threads
+from .lifecycle import Session, announce, at_work, from_settings, given_data, new_folder, record_start, reopened, with_threads
 from .setup import check_device, default_folder, load_data
 
 
@@ -103,7 +103,7 @@ def run_growth(config: GrowConfig, out: str | Path | None, *, teacher: Teacher |
         config = from_values({"growth.width": natural_width(teacher)}, config.model_dump(), GrowConfig)
     first_student(config, teacher, data)
     checksum = data.checksum()
-    folder = RunFolder.create(out or default_folder("grow", config.data.dataset, teacher.name.lower()), to_yaml(config))
+    folder = new_folder(out or default_folder("grow", config.data.dataset, teacher.name.lower()), to_yaml(config))
     return _run(config, teacher, data, checksum, folder, GrowState(), display, resumed=False)
 
 

@@ -88,6 +88,16 @@ def with_threads(config: Config) -> Config:
     return from_values({"run.threads": config.run.threads or torch.get_num_threads()}, config.model_dump(), type(config))
 
 
+def new_folder(path: str | Path, config_text: str) -> RunFolder:
+    """A new run folder. A signal that comes while it is made is heard as soon as there is a run that can be resumed."""
+    with Interrupts() as interrupts, interrupts.deferred():
+        folder = RunFolder.create(path, config_text)
+    if interrupts.pending is not None:
+        with folder, _naming(folder):
+            raise Interrupted(interrupts.pending)
+    return folder
+
+
 @contextlib.contextmanager
 def reopened(path: str | Path, given: dict[str, Any], kind: type[Config], data: DataSet | None, handed_over: bool,
              display: Display | Silent) -> Iterator[Reopened]:
