@@ -18,7 +18,7 @@ from ..models.radiance import RadianceField, RadianceShape
 from ..record import RunFolder
 from .display import Display, Silent
 from .growth_state import GrowState
-from .lifecycle import Session, at_work, from_settings, reopened, with_threads
+from .lifecycle import Session, at_work, from_settings, new_folder, reopened, with_threads
 from .radiance_phases import (
     RadianceGrowth, budget_of, first_shape, followed, grow_stages, prepare_teacher, retrain, run_controls, teacher_shape)
 from .setup import check_device, default_folder, load_data
@@ -99,7 +99,7 @@ def run_views_growth(config: GrowViewsConfig, out: str | Path | None, *, display
     _check_sizes(config)
     scene = load_data(config)
     checksum = scene.checksum()
-    folder = RunFolder.create(out or default_folder("grow-views", scene.name, config.growth.teacher), to_yaml(config))
+    folder = new_folder(out or default_folder("grow-views", scene.name, config.growth.teacher), to_yaml(config))
     return _run(config, scene, checksum, folder, GrowState(), display, resumed=False)
 
 
