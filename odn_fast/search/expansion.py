@@ -19,7 +19,8 @@ from ..models import DepthNetwork
 from ..record import RunFolder
 from .display import Display, Silent
 from .lifecycle import (
-    Session, announce, at_work, duration, from_settings, given_data, new_folder, record_start, reopened, with_threads)
+    Session, announce, announce_resumption, at_work, described, duration, from_settings, given_data, new_folder, record_start,
+    reopened, with_threads)
 from .phases import Search, baseline, fine_tune, search_depths, warm_up
 from .preview import depth_rows
 from .setup import check_depths, check_device, create_model, default_folder, load_data
@@ -142,13 +143,11 @@ def _announce(search: Search, session: Session, resumed: bool):
         f"(target {config.search.target_accuracy:g} %, tolerance {config.search.tolerance:g})")
     say(f"run folder: {search.folder.path}")
     if resumed:
-        training = state.training
-        search.folder.event("resume", phase=state.phase, depth=state.depth, epoch=training.epoch if training else 0,
-                            step=training.step if training else 0)
-        say(f"resumed in phase {state.phase.replace('_', '-')}" + (f" at depth {state.depth}" if state.depth else "")
-            + (f", epoch {training.epoch + 1}, step {training.step}" if training else ""))
+        where = f"in phase {state.phase.replace('_', '-')}" + (f" at depth {state.depth}" if state.depth else "")
+        place = {"phase": state.phase, "depth": state.depth}
+        announce_resumption(where, place, state.training, search.folder, search.display)
         return
-    record_start(config, data, search.data_checksum, search.folder, session, model=config.model)
+    record_start(config, described(data, search.data_checksum), search.folder, session, model=config.model)
     rows = depth_rows(search.model, data, config.training.batch_size, session.fit_config.precision,
                       config.run.device)
     search.folder.event("table", rows=rows)

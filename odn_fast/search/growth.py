@@ -20,7 +20,9 @@ from .display import Display, Silent
 from .growth_phases import Growth, grow_stages, prepare_teacher, restore_teacher, retrain, run_controls
 from .growth_setup import check_teacher, create_teacher, first_student, limits_of, natural_width, teacher_checksum
 from .growth_state import GrowState
-from .lifecycle import Session, announce, at_work, from_settings, given_data, new_folder, record_start, reopened, with_threads
+from .lifecycle import (
+    Session, announce, announce_resumption, at_work, described, from_settings, given_data, new_folder, record_start, reopened,
+    with_threads)
 from .setup import check_device, default_folder, load_data
 
 
@@ -175,13 +177,10 @@ def _announce(growth: Growth, session: Session, resumed: bool):
         f"controls: {controls}")
     say(f"run folder: {growth.folder.path}")
     if not resumed:
-        record_start(config, growth.data, growth.data_checksum, growth.folder, session, search="grow",
+        record_start(config, described(growth.data, growth.data_checksum), growth.folder, session, search="grow",
                      teacher=growth.teacher.name, limits=limits.to_dict())
         return
-    training = state.training
-    growth.folder.event("resume", **state.place, epoch=training.epoch if training else 0, step=training.step if training else 0)
-    where = {"stage": f"stage {state.stage}", "control": f"control {state.control}"}.get(state.phase, state.phase)
-    say(f"resumed at {where}" + (f", epoch {training.epoch + 1}, step {training.step}" if training else ""))
+    announce_resumption(f"at {state.where}", state.place, state.training, growth.folder, growth.display)
 
 
 def _result(growth: Growth) -> GrowResult:

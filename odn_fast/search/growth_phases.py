@@ -22,7 +22,7 @@ from .display import Display, Silent
 from .growth_rules import Limits, Split, alpha, can_grow, choose_split, modification_value, one_sided, shares
 from .growth_setup import limits_of, teacher_network, trained_teacher
 from .growth_state import GrowState
-from .lifecycle import duration
+from .lifecycle import conclude, duration
 from .recorder import Recorder
 from .training import Plan, best_so_far, confusion_of, train
 
@@ -271,11 +271,7 @@ def _control_epochs(growth: Growth, name: str) -> int:
 
 def _next_control(growth: Growth):
     """Move on to the next control, or to the end."""
-    state = growth.state
-    done = [entry["name"] for entry in state.controls]
-    left = [name for name in growth.config.growth.controls if name not in done]
-    if left:
-        state.begin("control", control=left[0])
+    if growth.state.begin_next_control(growth.config.growth.controls):
         growth.recorder.checkpoint()
     else:
         _finish(growth)
@@ -341,17 +337,13 @@ def _save_student(growth: Growth, network: StudentNetwork):
 
 def _finish(growth: Growth):
     """Last event, report, last checkpoint."""
-    from ..report import write_report  # brings matplotlib, which a search needs only now
-
     state = growth.state
     state.begin("finished")
     growth.folder.event(
         "result", **state.reading, **growth.limits.to_dict(), stages=state.stages, controls=state.controls,
         collapsed=state.collapsed, teacher=state.teacher, shares=shares(state.split_nodes), seconds=growth.recorder.seconds(),
         class_names=list(growth.data.class_names))
-    with growth.folder.reporting("report.html"):
-        write_report(growth.folder.path)
-    growth.recorder.checkpoint()
+    conclude(growth.folder, growth.recorder)
 
 
 # ---- what they share

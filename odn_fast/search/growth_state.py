@@ -56,6 +56,11 @@ class GrowState:
         return {"phase": self.phase, "stage": self.stage} | ({"control": self.control} if self.control else {})
 
     @property
+    def where(self) -> str:
+        """The phase in words, with the number or name of what is under training."""
+        return {"stage": f"stage {self.stage}", "control": f"control {self.control}"}.get(self.phase, self.phase)
+
+    @property
     def student(self) -> StudentGraph:
         return StudentGraph.from_dict(self.graph)
 
@@ -63,6 +68,14 @@ class GrowState:
         """Move on to a phase with a fresh training, which starts from `weights`."""
         self.phase, self.weights, self.control = phase, weights, control
         self.training = self.model = self.optimizer = None
+
+    def begin_next_control(self, names: list[str]) -> bool:
+        """Move on to the first control of `names` that has not ended; False if all have."""
+        done = [entry["name"] for entry in self.controls]
+        left = [name for name in names if name not in done]
+        if left:
+            self.begin("control", control=left[0])
+        return bool(left)
 
     def begin_stage(self, graph: StudentGraph, weights: dict[str, Any] | None):
         """Move on to the next stage."""

@@ -11,7 +11,7 @@ import torch
 from .. import __version__, _extension
 from ..config import Config, ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig, absolute_paths, flat, from_values, read_yaml
 from ..data import DataSet, from_arrays
-from ..engine import FitConfig, Interrupted, Interrupts, resolve_precision, tune_allocator
+from ..engine import FitConfig, Interrupted, Interrupts, Training, resolve_precision, tune_allocator
 from ..machine import environment
 from ..record import RunFolder
 from .display import Display, Silent
@@ -182,26 +182,50 @@ def announce(title: str, config: ExpandConfig | GrowConfig, data: DataSet, sessi
     """The first lines of the first screen: what runs on what."""
     test = len(data.test) if data.test else 0
     shape = "x".join(map(str, data.input_shape))
+    display.message(f"odn_fast {__version__}: {title} on {data.name} ({len(data.train):,} training, {len(data.validation):,} "
+                    f"validation, {test:,} test images of {shape}, {data.num_classes} classes)")
+    announce_computing(config, session, display)
+
+
+def announce_computing(config: ExpandConfig | GrowConfig | GrowViewsConfig, session: Session, display: Display | Silent):
+    """The line that says how steps are computed."""
     precision = session.fit_config.precision
     note = " (chosen by auto; weights, statistics and losses stay fp32)" if (
         config.run.precision == "auto" and precision == "bf16") else ""
-    display.message(f"odn_fast {__version__}: {title} on {data.name} ({len(data.train):,} training, {len(data.validation):,} "
-                    f"validation, {test:,} test images of {shape}, {data.num_classes} classes)")
     display.message(f"{config.run.threads} threads, training in {precision}{note}, allocator "
                     f"{'tuned' if session.tuned else 'as it is'}, C++ ops {_instruction_set() or 'not built (plain PyTorch)'}, "
                     f"seed {config.run.seed}")
 
 
-def record_start(config: ExpandConfig | GrowConfig, data: DataSet, checksum: str, folder: RunFolder, session: Session,
+def announce_resumption(where: str, place: dict[str, Any], training: Training | None, folder: RunFolder, display: Display | Silent):
+    """The line and the event of a process that goes on: `where` in words, `place` as the event has it."""
+    folder.event("resume", **place, epoch=training.epoch if training else 0, step=training.step if training else 0)
+    display.message(f"resumed {where}" + (f", epoch {training.epoch + 1}, step {training.step}" if training else ""))
+
+
+def record_start(config: ExpandConfig | GrowConfig | GrowViewsConfig, dataset: dict[str, Any], folder: RunFolder, session: Session,
                  **values: Any):
-    """The first event of a run."""
+    """The first event of a run. dataset: what it says of the data, such as `described` gives."""
     folder.event(
         "start", version=__version__, **environment(), threads=config.run.threads, device=config.run.device,
         precision=session.fit_config.precision, precision_requested=config.run.precision, malloc_tuned=session.tuned,
-        extension=_instruction_set(), **values, dataset={
-            "name": data.name, "checksum": checksum, "train": len(data.train), "validation": len(data.validation),
+        extension=_instruction_set(), **values, dataset=dataset)
+
+
+def described(data: DataSet, checksum: str) -> dict[str, Any]:
+    """A data set of labelled images, as events have it."""
+    return {"name": data.name, "checksum": checksum, "train": len(data.train), "validation": len(data.validation),
             "test": len(data.test) if data.test else None, "input_shape": list(data.input_shape),
-            "class_names": list(data.class_names)})
+            "class_names": list(data.class_names)}
+
+
+def conclude(folder: RunFolder, recorder: Recorder):
+    """After the last event: the report and the last checkpoint."""
+    from ..report import write_report  # brings matplotlib, which a search needs only now
+
+    with folder.reporting("report.html"):
+        write_report(folder.path)
+    recorder.checkpoint()
 
 
 def _instruction_set() -> str | None:

@@ -15,6 +15,7 @@ from ..machine import environment
 from ..models import DepthNetwork, FoldedNetwork, profile
 from ..record import RunError, RunFolder
 from .display import Display, Silent
+from .lifecycle import conclude
 from .preview import depth_latencies
 from .recorder import Recorder
 from .state import RunState, training_to_dict
@@ -222,8 +223,6 @@ def _save_network(search: Search, place: str, weights: dict, accuracies: dict):
 
 def _finish(search: Search):
     """Last event, report, last checkpoint."""
-    from ..report import write_report  # brings matplotlib, which a search needs only now
-
     state, settings = search.state, search.config.search
     state.begin("finished", state.found)
     seconds = search.recorder.seconds()
@@ -243,9 +242,7 @@ def _finish(search: Search):
         validation_accuracy=found["validation_accuracy"], test_accuracy=found["test_accuracy"], seconds=seconds,
         depths=depths, baseline=state.baseline, confusion=found["confusion"], confusion_split=found["confusion_split"],
         class_names=list(search.data.class_names))
-    with search.folder.reporting("report.html"):
-        write_report(search.folder.path)
-    search.recorder.checkpoint()
+    conclude(search.folder, search.recorder)
     search.folder.drop_states("depth-*")  # what fine-tuning might have gone on from; the networks are in depths/
 
 

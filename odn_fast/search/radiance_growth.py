@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, _extension
+from .. import __version__
 from ..config import ConfigError, GrowViewsConfig, from_values, resolve, to_yaml
 from ..data.errors import first_line
 from ..data.views import Scene
-from ..machine import environment
 from ..models.radiance import RadianceField, RadianceShape
 from ..record import RunFolder
 from .display import Display, Silent
 from .growth_state import GrowState
-from .lifecycle import Session, at_work, from_settings, new_folder, reopened, with_threads
+from .lifecycle import (
+    Session, announce_computing, announce_resumption, at_work, from_settings, new_folder, record_start, reopened, with_threads)
 from .radiance_phases import (
     RadianceGrowth, budget_of, first_shape, followed, grow_stages, prepare_teacher, retrain, run_controls, teacher_shape)
 from .setup import check_device, default_folder, load_data
@@ -151,13 +151,12 @@ def _phases(growth: RadianceGrowth, session: Session, resumed: bool):
 def _announce(growth: RadianceGrowth, session: Session, resumed: bool):
     """First screen: what runs on what, and what is wanted."""
     config, scene, state, say = growth.config, growth.scene, growth.state, growth.display.message
-    settings, full, kernels = config.growth, growth.teacher_shape, _extension.instruction_set() if _extension.available else None
+    settings, full = config.growth, growth.teacher_shape
     views = {split: len(getattr(scene, split)) for split in ("train", "validation", "test")}
     size = "x".join(map(str, scene.input_shape[1:]))
     say(f"odn_fast {__version__}: grow-views on {scene.name} ({views['train']:,} training, {views['validation']:,} validation, "
         f"{views['test']:,} test views of {size} pixels)")
-    say(f"{config.run.threads} threads, training in {growth.fit_config.precision}, allocator "
-        f"{'tuned' if session.tuned else 'as it is'}, C++ ops {kernels or 'not built (plain PyTorch)'}, seed {config.run.seed}")
+    announce_computing(config, session, growth.display)
     say(f"wanted: a student of at most {growth.budget:,} parameters, {100 * settings.budget_share:g} % of the {full.params:,} of the "
         f"teacher, {settings.teacher}; it starts at width {settings.start} and grows by {settings.step}")
     say(f"an epoch is {config.training.steps_per_epoch} steps of {config.training.rays} rays, {config.training.samples} samples "
@@ -165,17 +164,11 @@ def _announce(growth: RadianceGrowth, session: Session, resumed: bool):
         f"retraining; controls: {', '.join(settings.controls) or 'none'}")
     say(f"run folder: {growth.folder.path}")
     if not resumed:
-        growth.folder.event(
-            "start", version=__version__, **environment(), threads=config.run.threads, device=config.run.device,
-            precision=growth.fit_config.precision, precision_requested=config.run.precision, malloc_tuned=session.tuned,
-            extension=kernels, search="grow-views", teacher=settings.teacher, budget=growth.budget,
-            dataset={"name": scene.name, "checksum": growth.checksum, **views, "input_shape": list(scene.input_shape),
-                     "followed_rays": len(followed(scene.validation)[0])})
+        dataset = {"name": scene.name, "checksum": growth.checksum, **views, "input_shape": list(scene.input_shape),
+                   "followed_rays": len(followed(scene.validation)[0])}
+        record_start(config, dataset, growth.folder, session, search="grow-views", teacher=settings.teacher, budget=growth.budget)
         return
-    training = state.training
-    growth.folder.event("resume", **state.place, epoch=training.epoch if training else 0, step=training.step if training else 0)
-    where = {"stage": f"stage {state.stage}", "control": f"control {state.control}"}.get(state.phase, state.phase)
-    say(f"resumed at {where}" + (f", epoch {training.epoch + 1}, step {training.step}" if training else ""))
+    announce_resumption(f"at {state.where}", state.place, state.training, growth.folder, growth.display)
 
 
 def _result(growth: RadianceGrowth) -> ViewsResult:

@@ -25,6 +25,7 @@ from ..record import RunError, RunFolder
 from .display import Display, Silent
 from .growth_rules import alpha
 from .growth_state import GrowState
+from .lifecycle import conclude
 from .recorder import Recorder
 from .training import Plan, train
 
@@ -239,11 +240,7 @@ def control_field(growth: RadianceGrowth, name: str) -> RadianceField:
 
 def _next_control(growth: RadianceGrowth):
     """Move on to the next control, or to the end."""
-    state = growth.state
-    done = [entry["name"] for entry in state.controls]
-    left = [name for name in growth.config.growth.controls if name not in done]
-    if left:
-        state.begin("control", control=left[0])
+    if growth.state.begin_next_control(growth.config.growth.controls):
         growth.recorder.checkpoint()
     else:
         _finish(growth)
@@ -303,16 +300,12 @@ def _save_student(growth: RadianceGrowth, network: RadianceField):
 
 def _finish(growth: RadianceGrowth):
     """Last event, report, last checkpoint."""
-    from ..report import write_report  # brings matplotlib, which a search needs only now
-
     state, shape = growth.state, growth.shape
     state.begin("finished")
     growth.folder.event(
         "result", **state.reading, params=shape.params, widths=list(shape.widths), budget=growth.budget, stages=state.stages,
         teacher=state.teacher, controls=state.controls, seconds=growth.recorder.seconds())
-    with growth.folder.reporting("report.html"):
-        write_report(growth.folder.path)
-    growth.recorder.checkpoint()
+    conclude(growth.folder, growth.recorder)
 
 
 # ---- what they share
