@@ -11,7 +11,6 @@ arms are compared first.
 
 import contextlib
 import itertools
-import warnings
 
 import harness
 import pytest
@@ -23,7 +22,7 @@ from odn_fast.engine.distillation import TeacherMaps, growth_loss
 from odn_fast.models import StudentNetwork
 from odn_fast.models.student_graph import deepen, initial_graph, widen
 from odn_fast.models.teachers import cifar_resnet, teacher_of
-from odn_fast.ops._library import references, without_autocast
+from odn_fast.ops._library import on_references
 
 BATCH, STEPS, IMAGES = 128, 3, 512
 REACH = {"references": 1.8, "live teacher": 2.0}
@@ -34,16 +33,6 @@ def students(map_shapes):
     third = deepen(deepen(initial_graph((3, 32, 32), map_shapes, 10), 0, 3), 0, 3)
     fourth = widen(third, 0, 13, map_shapes[12])
     return third, deepen(fourth, next(edge.id for edge in fourth.edges if edge.source == 0 and edge.target != 1), 3)
-
-
-@contextlib.contextmanager
-def without_kernels():
-    """Every op on its reference; the extension's registrations come back afterwards."""
-    with torch.library._scoped_library("odn_fast", "IMPL") as library, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for name, function in references.items():
-            library.impl(name, without_autocast(function), "CPU")
-        yield
 
 
 def make_arm(graph, teacher, split, limit, precision, around=contextlib.nullcontext):
@@ -87,7 +76,7 @@ def test_bench_growth(precision):
     third, fifth = students(teacher.map_shapes)
     cases = {
         "references": {"ours": make_arm(fifth, teacher, split, 1 << 32, precision),
-                       "baseline": make_arm(fifth, teacher, split, 1 << 32, precision, without_kernels)},
+                       "baseline": make_arm(fifth, teacher, split, 1 << 32, precision, on_references)},
         "live teacher": {"ours": make_arm(third, teacher, split, 1 << 32, precision),
                          "baseline": make_arm(third, teacher, split, 0, precision)},
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from odn_fast import _extension
 from odn_fast.ops import _choose
-from odn_fast.ops._library import references, without_autocast
+from odn_fast.ops._library import on_references, references
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float64)
 GPU = ("triton", "cuda")  # of _choose.NAMES, tested on CUDA tensors
@@ -87,11 +87,7 @@ def use_implementation(name: str, reference: ModuleType) -> Iterator[None]:
         with _extension.use_instruction_set(name):
             yield
         return
-    with torch.library._scoped_library("odn_fast", "IMPL") as library, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for name, function in references.items():
-            if function.__module__ == reference.__name__:
-                library.impl(name, without_autocast(function), "CPU")
+    with on_references(reference.__name__):
         yield
 
 

@@ -4,8 +4,10 @@
 the extension adds only kernels on the CPU key, so the package works where nothing was compiled.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -32,6 +34,20 @@ def without_autocast(reference: Callable) -> Callable:
             return reference(*args)
 
     return run
+
+
+@contextlib.contextmanager
+def on_references(module: str | None = None) -> Iterator[None]:
+    """Inside the block, CPU calls of ops run on their references: of all ops, or of those whose reference is in `module`.
+
+    For tests and benchmarks: process-wide.
+    """
+    with torch.library._scoped_library("odn_fast", "IMPL") as scope, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for name, function in references.items():
+            if module in (None, function.__module__):
+                scope.impl(name, without_autocast(function), "CPU")
+        yield
 
 
 def define_autocast(
