@@ -15,6 +15,7 @@ from torch import nn
 from .. import export
 from ..config import ExpandConfig, from_values, resolve, to_yaml
 from ..data import DataSet
+from ..engine import check_device
 from ..models import DepthNetwork
 from ..record import RunFolder
 from .display import Display, Silent
@@ -23,7 +24,7 @@ from .lifecycle import (
     reopened, with_threads)
 from .phases import Search, baseline, fine_tune, search_depths, warm_up
 from .preview import depth_rows
-from .setup import check_depths, check_device, create_model, default_folder, load_data
+from .setup import check_depths, create_model, default_folder, load_data
 from .state import RunState
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from .. import export
 from ..config import ConfigError, GrowConfig, from_values, resolve, to_yaml
 from ..data import DataSet
+from ..engine import check_device
 from ..models.teachers import NETWORKS, Teacher
 from ..record import RunFolder
 from .display import Display, Silent
@@ -23,7 +24,7 @@ from .growth_state import GrowState
 from .lifecycle import (
     Session, announce, announce_resumption, at_work, described, from_settings, given_data, new_folder, record_start, reopened,
     with_threads)
-from .setup import check_device, default_folder, load_data
+from .setup import default_folder, load_data
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 from .. import __version__, _extension
 from ..config import Config, ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig, absolute_paths, flat, from_values, read_yaml
 from ..data import DataSet, from_arrays
-from ..engine import FitConfig, Interrupted, Interrupts, Training, resolve_precision, tune_allocator
+from ..engine import FitConfig, Interrupted, Interrupts, Training, check_device, resolve_precision, tune_allocator
 from ..machine import environment
 from ..record import RunFolder
 from .display import Display, Silent
 from .recorder import Recorder, State
-from .setup import check_device, load_data, run_environment
+from .setup import load_data, run_environment
 
 
 @dataclass(frozen=True)

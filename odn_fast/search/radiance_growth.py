@@ -13,6 +13,7 @@ from .. import __version__
 from ..config import ConfigError, GrowViewsConfig, from_values, resolve, to_yaml
 from ..data.errors import first_line
 from ..data.views import Scene
+from ..engine import check_device
 from ..models.radiance import RadianceField, RadianceShape
 from ..record import RunFolder
 from .display import Display, Silent
@@ -21,7 +22,7 @@ from .lifecycle import (
     Session, announce_computing, announce_resumption, at_work, from_settings, new_folder, record_start, reopened, with_threads)
 from .radiance_phases import (
     RadianceGrowth, budget_of, first_shape, followed, grow_stages, prepare_teacher, retrain, run_controls, teacher_shape)
-from .setup import check_device, default_folder, load_data
+from .setup import default_folder, load_data
 
 
 @dataclass(frozen=True)

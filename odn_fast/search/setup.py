@@ -53,18 +53,6 @@ def check_depths(config: ExpandConfig, model: DepthNetwork, data: DataSet):
     export.graph_to_data(model.extract(model.max_depth))
 
 
-def check_device(device: str):
-    """Refuse a device that is not there."""
-    try:
-        wanted = torch.device(device)
-        usable = wanted.type == "cpu" or wanted.type == "cuda" and (wanted.index or 0) < torch.cuda.device_count()
-    except RuntimeError:
-        usable = False
-    if not usable:
-        raise ConfigError(f"device: {device} is not usable here; expected cpu" +
-                          (" or cuda" if torch.cuda.is_available() else " (PyTorch sees no CUDA device)"))
-
-
 def run_environment(config: ExpandConfig | GrowConfig) -> dict:
     """What the bits of a training depend on, beside the configuration."""
     here = environment()

@@ -1,0 +1,17 @@
+"""Which devices there are."""
+
+import torch
+
+from ..config import ConfigError
+
+
+def check_device(device: str):
+    """Refuse a device that is not there."""
+    try:
+        wanted = torch.device(device)
+        usable = wanted.type == "cpu" or wanted.type == "cuda" and (wanted.index or 0) < torch.cuda.device_count()
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"device: {device} is not usable here; expected cpu" +
+                          (" or cuda" if torch.cuda.is_available() else " (PyTorch sees no CUDA device)"))
