@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from odn_fast.data import Batches, DataError, Normalisation, Split, evaluation_batches
-from odn_fast.data.batches import batch_bounds, crop_and_flip
+from odn_fast.data.batches import PADDING, batch_bounds, keyed_number
 from odn_fast.data.dataset import scale_only
+from odn_fast.reference.augment import cropped, draw
 
 AS_IT_IS = scale_only(1, 1)
 
@@ -108,21 +109,17 @@ def test_wrong_batch_sizes_and_empty_splits_are_refused():
         Batches(numbered(0), AS_IT_IS, 4, seed=0)
 
 
-def test_crop_and_flip_against_one_image_at_a_time():
-    images = colourful(200, size=7).images
-    images = images[:, :, :, :5]  # higher than wide
-    generator = torch.Generator().manual_seed(1)
-    shifts = torch.randint(0, 9, (2, 200), generator=generator)
-    flips = torch.randint(0, 2, (200,), generator=generator).bool()
-    result = crop_and_flip(images, shifts, flips)
-    for position in range(200):
-        padded = torch.zeros(3, 15, 13, dtype=torch.uint8)
-        padded[:, 4:11, 4:9] = images[position]
-        top, left = shifts[:, position].tolist()
-        crop = padded[:, top : top + 7, left : left + 5]
-        assert torch.equal(result[position], crop.flip(2) if flips[position] else crop)
-    untouched = crop_and_flip(images, torch.full((2, 200), 4), torch.zeros(200, dtype=torch.bool))
-    assert torch.equal(untouched, images)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_crops_and_flips_are_those_of_the_op_s_reference(dtype):
+    split = Split(colourful(200, size=7).images[:, :, :, :5].to(dtype), torch.arange(200))  # higher than wide
+    batches = Batches(split, scale_only(255, 3), 32, seed=4, augment=True)
+    drawn = torch.tensor([keyed_number(4, "k"), 3])
+    changed = 0
+    for x, y in batches.epoch("k", 3):
+        expected = cropped(split.images[y], *draw(y, drawn, PADDING), PADDING, True).float() * torch.tensor(1 / 255)
+        assert torch.equal(x, expected)
+        changed += int((x != split.images[y] / 255).flatten(1).any(1).sum())
+    assert changed > 190
 
 
 def test_every_shift_and_both_directions_occur_evenly():
@@ -148,6 +145,13 @@ def test_augmentation_belongs_to_the_image_not_to_the_batch():
     expected = images_by_label(7)
     for other in (images_by_label(20), images_by_label(60), images_by_label(8, drop_last=True)):
         assert all(torch.equal(expected[label], image) for label, image in other.items())
+
+
+def test_a_step_s_inputs_make_its_batch():
+    batches = Batches(colourful(40), scale_only(255, 3), 16, seed=2, augment=True)
+    pairs = [batches.batch(*inputs) for inputs in batches.inputs("k", 1, start=1)]
+    assert same(pairs, batches.epoch("k", 1, start=1)) and len(pairs) == 2
+    assert all(tensor.dtype == torch.int64 for inputs in batches.inputs("k", 1) for tensor in inputs)
 
 
 def test_augmentation_leaves_the_split_untouched():

@@ -1,4 +1,4 @@
-"""Batches of a resident split: whole-tensor gathers, no worker processes, no work per image."""
+"""Batches of a resident split: gathered, augmented and normalised by one op, on the device where the split lies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .dataset import Normalisation, Split
 from .errors import DataError
@@ -16,8 +15,43 @@ from .errors import DataError
 PADDING = 4  # pixels of raw value 0 on each side, of which a random crop keeps the original size
 
 
-class Batches:
-    """Shuffled training batches; the same ones for the same (seed, key, epoch), from any step on.
+class Source:
+    """Where the batches of a training come from.
+
+    A step is given `inputs`, tensors on the device where training runs, and makes its batch of them with `batch`, which
+    reads nothing back from the device: a GPU can capture it together with the step.
+
+    Attributes:
+        steps_per_epoch, images_per_epoch: of every epoch.
+    """
+
+    steps_per_epoch: int
+    images_per_epoch: int
+
+    def inputs(self, key: str, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """What the steps of one epoch are given, from step `start` on, exactly as in an uninterrupted epoch.
+
+        `key` names what is being trained (a depth, a stage), so that each has an order of its own.
+        Raises `DataError` where `start` lies outside 0..steps_per_epoch.
+        """
+        raise NotImplementedError
+
+    def batch(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, C, H, W) float32 channels_last, normalised, and y (n,) int64, of a step's inputs."""
+        x, y = inputs
+        return x, y
+
+    def epoch(self, key: str, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch, as `inputs` and `batch` give them."""
+        return (self.batch(*inputs) for inputs in self.inputs(key, epoch, start))
+
+    def check_start(self, start: int):
+        if not 0 <= start <= self.steps_per_epoch:
+            raise DataError(f"epoch cannot start at step {start}; it has {self.steps_per_epoch}")
+
+
+class Batches(Source):
+    """Shuffled training batches of a resident split; the same ones for the same (seed, key, epoch), from any step on.
 
     The last batch is kept when incomplete, or with `drop_last` left out (unless it is the only one). A last
     batch of one image joins the batch before it: batch norm needs two values. `augment`: pad 4, random
@@ -40,29 +74,19 @@ class Batches:
         self.steps_per_epoch = len(self.bounds)
         self.images_per_epoch = self.bounds[-1][1]
 
-    def epoch(self, key: str, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch from step `start` on, exactly as an uninterrupted epoch gives them.
+    def inputs(self, key: str, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """Positions in the split (n,) int64, and the key (2,) int64 of what is drawn for its images."""
+        self.check_start(start)
+        device = self.split.labels.device
+        order = torch.randperm(len(self.split), generator=keyed_generator(self.seed, key, epoch, device), device=device)
+        drawn = torch.tensor([keyed_number(self.seed, key), epoch], device=device)
+        return ((order[first:end], drawn) for first, end in self.bounds[start:])
 
-        Each is (x (n, C, H, W) float32 channels_last, normalised; y (n,) int64). `key` names what is being
-        trained (a depth, a stage), so that each has an order of its own.
-        Raises `DataError` where `start` lies outside 0..steps_per_epoch.
-        """
-        if not 0 <= start <= self.steps_per_epoch:
-            raise DataError(f"epoch cannot start at step {start}; it has {self.steps_per_epoch}")
-        return self._batches(keyed_generator(self.seed, key, epoch), start)
-
-    def _batches(self, generator: torch.Generator, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self.split.images, self.split.labels
-        order = torch.randperm(len(labels), generator=generator).to(images.device)
-        if self.augment:
-            shifts = torch.randint(0, 2 * PADDING + 1, (2, len(labels)), generator=generator).to(images.device)
-            flips = torch.randint(0, 2, (len(labels),), generator=generator).bool().to(images.device)
-        for first, end in self.bounds[start:]:
-            chosen = order[first:end]
-            batch = images.index_select(0, chosen)
-            if self.augment:
-                batch = crop_and_flip(batch, shifts[:, chosen], flips[chosen])
-            yield self.normalisation(batch), labels.index_select(0, chosen)
+    def batch(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        positions, drawn = inputs
+        padding = PADDING if self.augment else 0
+        x = self.normalisation.gathered(self.split.images, positions, drawn, padding, flip=self.augment)
+        return x, self.split.labels.index_select(0, positions)
 
 
 def evaluation_batches(split: Split, normalisation: Normalisation, batch_size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
@@ -85,18 +109,15 @@ def batch_bounds(count: int, batch_size: int, drop_last: bool) -> list[tuple[int
     return list(zip([0, *ends[:-1]], ends))
 
 
-def keyed_generator(seed: int, key: str, epoch: int) -> torch.Generator:
+def keyed_generator(seed: int, key: str, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream depends on (seed, key, epoch) and on nothing that ran before."""
-    digest = hashlib.sha256(json.dumps([int(seed), key, int(epoch)]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.Generator(device).manual_seed(_hashed(seed, key, epoch))
 
 
-def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Crops (n, C, H, W) of images padded by 4: from row and column `shifts` (2, n) on, mirrored where `flips` (n,)."""
-    count, channels, height, width = images.shape
-    padded = functional.pad(images, (PADDING,) * 4).flatten(2)
-    rows = shifts[0, :, None] + torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device)
-    columns = shifts[1, :, None] + torch.where(flips[:, None], columns.flip(0), columns)
-    pixels = rows[:, :, None] * (width + 2 * PADDING) + columns[:, None, :]
-    return padded.gather(2, pixels.view(count, 1, -1).expand(-1, channels, -1)).view(images.shape)
+def keyed_number(seed: int, key: str) -> int:
+    """A number of 63 bits for (seed, key)."""
+    return _hashed(seed, key) >> 1
+
+
+def _hashed(*values: int | str) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(values).encode()).digest()[:8], "little")

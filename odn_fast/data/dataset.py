@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import warnings
@@ -10,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..ops import augment, scale_and_shift
+from ..reference.augment import cropped, draw
 from .errors import DataError
 from .splitting import stratified_choice
 
@@ -40,21 +43,32 @@ class Normalisation:
         The product is rounded before the sum (two passes, never a fused multiply-add), so a pixel has the
         same bits whatever the batch it came in. Raises `DataError` on another number of channels.
         """
-        count, channels, height, width = images.shape
-        if channels != len(self.mean):
-            raise DataError(f"images have {channels} channels, the normalisation has {len(self.mean)}")
-        factors = [1 / (self.scale * std) for std in self.std]
-        offsets = [-mean / std for mean, std in zip(self.mean, self.std)]
-        result = torch.empty((count, height, width, channels), dtype=torch.float32, device=images.device)
-        for channel in range(channels):  # a plane at a time: three times as fast as one transposing copy
-            result[..., channel].copy_(images[:, channel])
-        if len(set(zip(factors, offsets))) == 1:
-            result.mul_(factors[0]).add_(offsets[0])
-        else:  # whole rows of pixels: broadcasting along three channels is five times as slow
-            rows = result.view(count * height, width * channels)
-            rows.mul_(torch.tensor(factors, dtype=torch.float32, device=images.device).repeat(width))
-            rows.add_(torch.tensor(offsets, dtype=torch.float32, device=images.device).repeat(width))
-        return result.permute(0, 3, 1, 2)
+        return self.gathered(images, torch.arange(len(images), device=images.device))
+
+    def gathered(self, images: Tensor, positions: Tensor, drawn: Tensor | None = None, padding: int = 0, flip: bool = False) -> Tensor:
+        """The same of the images at `positions` (n,) int64, randomly cropped out of `padding` and flipped, as `ops.augment` does.
+
+        drawn: (2,) int64, the op's key; None where nothing is drawn.
+        """
+        if images.shape[1] != len(self.mean):
+            raise DataError(f"images have {images.shape[1]} channels, the normalisation has {len(self.mean)}")
+        scale, shift = _affine(self, images.device)
+        if images.dtype == torch.uint8:
+            return augment(images, positions, scale, shift, drawn, padding, flip)
+        pixels = images.index_select(0, positions)
+        if padding or flip:
+            pixels = cropped(pixels, *draw(positions, drawn, padding), padding, flip)
+        result = torch.empty_like(pixels, memory_format=torch.channels_last)
+        for channel, plane in enumerate(result.unbind(1)):  # faster than broadcasting along the last, short axis
+            plane.copy_(pixels[:, channel]).mul_(scale[channel]).add_(shift[channel])
+        return result
+
+
+@functools.lru_cache(maxsize=64)
+def _affine(normalisation: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x * scale + shift, (C,) each, is the normalisation."""
+    with torch.inference_mode(False):  # they outlive an evaluation
+        return scale_and_shift(normalisation.mean, normalisation.std, normalisation.scale, device)
 
 
 def scale_only(scale: float, channels: int) -> Normalisation:
@@ -83,6 +97,9 @@ class Split:
     def at(self, positions: Tensor) -> Split:
         """The images at `positions` (M,) int64, in that order."""
         return Split(self.images[positions], self.labels[positions])
+
+    def to(self, device: str) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +148,11 @@ class DataSet:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def to(self, device: str) -> DataSet:
+        """The same set, resident on `device`."""
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device),
+                       test=self.test.to(device) if self.test is not None else None)
 
     def splits(self) -> list[tuple[str, Split]]:
         """(name, split) of every split there is: training, validation, and test where there is one."""

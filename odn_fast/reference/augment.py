@@ -112,7 +112,7 @@ def augment(
     samples = index.where(within, 0)
     pixels = images.index_select(0, samples) if len(images) else images.new_zeros((len(index), *images.shape[1:]))
     if padding or flip:
-        pixels = _cropped(pixels, *draw(samples, key, padding), padding, flip)
+        pixels = cropped(pixels, *draw(samples, key, padding), padding, flip)
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     y = pixels.to(arithmetic).mul_(scale.to(arithmetic)[:, None, None]).add_(shift.to(arithmetic)[:, None, None])
     if index.device.type != "cpu":
@@ -120,7 +120,8 @@ def augment(
     return y.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _cropped(pixels: Tensor, row: Tensor, column: Tensor, mirror: Tensor, padding: int, flip: bool) -> Tensor:
+def cropped(pixels: Tensor, row: Tensor, column: Tensor, mirror: Tensor, padding: int, flip: bool) -> Tensor:
+    """Images (N, C, H, W) of any dtype, each cropped and mirrored as `draw` says."""
     count, channels, height, width = pixels.shape
     rows, columns = (torch.arange(size, device=pixels.device) for size in (height, width))
     rows = row[:, None] + rows - padding
