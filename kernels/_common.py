@@ -7,8 +7,9 @@ variant per combination of dtypes and compile-time constants.
 
 import contextlib
 import functools
-import itertools
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -189,28 +190,78 @@ def dot_dtype(dtype: torch.dtype):
     return tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32
 
 
-_COUNTERS = 1 << 14
-# For launches that are captured, which keep theirs for ever, and for the others, which take turns.
-_counters: dict[torch.device, tuple[Iterator[Tensor], Iterator[Tensor]]] = {}
+_COUNTERS = 1 << 16  # of 16 bytes, allocated at a time
+
+
+class _Counters:
+    """Zeroed counters of one device. None is ever given up or used for something else: graphs know only its address."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.of_stream: dict[int, Tensor] = {}
+        self.chunks: list[Tensor] = []
+        self.rows = iter(range(0))  # of the last chunk, that are left; next is one step to all threads
+        self.lock = threading.Lock()
+
+    def take(self, stream: int | None) -> Tensor:
+        """That of launches on `stream`, which follow each other; None: one that nothing else gets."""
+        if stream is None:
+            return self.own()
+        if self.are_few():
+            self.refill()
+        counter = self.of_stream.get(stream)
+        return self.of_stream.setdefault(stream, self.own()) if counter is None else counter
+
+    def own(self) -> Tensor:
+        row = next(self.rows, None)
+        if row is None:
+            raise RuntimeError("run the network once before its CUDA graph is captured: kernels allocate on first use")
+        return self.chunks[row // _COUNTERS][row % _COUNTERS]
+
+    def are_few(self) -> bool:
+        return self.rows.__length_hint__() < _COUNTERS // 4
+
+    def refill(self) -> None:
+        with self.lock:
+            if self.are_few():
+                # What this thread or its stream allocates may belong to a CUDA graph: torch.compile warms up in the
+                # memory of one, and takes it back. A thread of its own has no part in that.
+                with ThreadPoolExecutor(1) as thread:
+                    self.chunks.append(thread.submit(self.zeros).result())
+                self.rows = iter(range((len(self.chunks) - 1) * _COUNTERS, len(self.chunks) * _COUNTERS))
+
+    def zeros(self) -> Tensor:
+        size = {"size": (_COUNTERS, 4), "dtype": torch.int32, "device": self.device}
+        if self.device.type != "cuda":
+            return torch.zeros(**size)
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            zeros = torch.zeros(**size)
+        stream.synchronize()  # all streams use them
+        return zeros
+
+
+_counters: dict[torch.device, _Counters] = {}
 
 
 def counter(tensor: Tensor) -> Tensor:
     """A zeroed int32 for `is_last`, which leaves it zeroed. Launches in flight together get different ones.
 
-    Raises RuntimeError when first called while a CUDA graph is being captured.
+    Launches that are captured in a CUDA graph have each their own for ever, as graphs may be replayed at the same time.
+    Raises RuntimeError when one is captured before any was launched, or thousands after the last that was.
     """
     device = tensor.device
     if tensor.is_meta:
         return tensor.new_empty(4, dtype=torch.int32)
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if device not in _counters:
-        if captured:
-            raise RuntimeError("run the network once before its CUDA graph is captured: kernels allocate on first use")
-        rows = torch.zeros(2, _COUNTERS, 4, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # other streams use it too
-        _counters[device] = tuple(itertools.cycle(half.unbind()) for half in rows)  # whose next is one step to all threads
-    return next(_counters[device][captured])
+    counters = _counters.get(device) or _counters.setdefault(device, _Counters(device))
+    return counters.take(_stream(device))
+
+
+def _stream(device: torch.device) -> int | None:
+    """The stream that is current; None while it is being captured."""
+    if device.type != "cuda":
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch._C._cuda_getCurrentRawStream(device.index)
 
 
 # ---- device functions
