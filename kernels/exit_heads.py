@@ -33,8 +33,10 @@ def why_not(function: str, *args) -> list[str]:
         classes, reasons = weights[0].shape[0], _same_dtype(weights, "weights") + _same_dtype(biases, "biases")
         reasons += _same_dtype(features, "features")
         logits = len(weights) * target.shape[0] * classes
-        if logits > _common.LARGEST:
-            reasons.append(f"there are {logits} logits; the Triton kernels index at most {_common.LARGEST}")
+        pooled = target.shape[0] * sum(feature.shape[1] for feature in features)
+        for count, name in ((logits, "logits"), (pooled, "pooled channels of all depths and images")):
+            if count > _common.LARGEST:
+                reasons.append(f"there are {count} {name}; the Triton kernels index at most {_common.LARGEST}")
         reasons += _common.why_not(features=max(features, key=Tensor.numel), weights=weights[0], biases=biases[0])
     else:
         grad_losses, pooled, logit_gradients, weights, positions, feature_dtype = args

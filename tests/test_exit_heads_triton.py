@@ -165,6 +165,12 @@ def test_reasons():
     assert mixed == ["weights has several dtypes; the Triton kernels take one"]
     many = kernels.why_not("exit_heads", 65 * features[:1], 65 * weights[:1], 65 * biases[:1], target)
     assert many == ["there are 65 depths; the Triton kernels take at most 64"]
+    large = [torch.zeros((), device=DEVICE).expand(2**20, 512, 1, 1)] * 4  # each can be indexed, all their means cannot
+    targets = target[:1].expand(2**20)
+    assert kernels.why_not("exit_heads", large[:3], 3 * weights[:1], 3 * biases[:1], targets) == []
+    assert kernels.why_not("exit_heads", large, 4 * weights[:1], 4 * biases[:1], targets) == [
+        "there are 2147483648 pooled channels of all depths and images; the Triton kernels index at most 2147483647"
+    ]
     _, _, pooled, logit_gradients = reference.exit_heads(features, weights, biases, target)
     backward = (torch.ones(3, device=DEVICE), pooled, logit_gradients, weights, [35, 16, 27])
     assert kernels.why_not("exit_heads_backward", *backward, torch.bfloat16) == []
