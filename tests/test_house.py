@@ -10,10 +10,11 @@ FLOORS = {
     "kernels": 0, "odn_fast.kernels": 0, "odn_fast._extension": 0, "odn_fast.reference": 0, "odn_fast.config": 0, "odn_fast.record": 0,
     "odn_fast.machine": 0, "odn_fast.ops": 1, "odn_fast.nn": 2, "odn_fast.fuse": 2, "odn_fast.models": 3, "odn_fast.data": 3,
     "odn_fast.engine": 4, "odn_fast.search": 5, "odn_fast.export": 5, "odn_fast.report": 5, "odn_fast.predict": 5, "odn_fast.doctor": 5,
-    "odn_fast.tune": 5,
+    "odn_fast.tune": 5, "odn_fast.evaluate": 5,
     "odn_fast": 6}
 # Within floor 5, who may use whom.
-WITHIN_5 = {("odn_fast.search", "odn_fast.export"), ("odn_fast.search", "odn_fast.report"), ("odn_fast.predict", "odn_fast.export")}
+WITHIN_5 = {("odn_fast.search", "odn_fast.export"), ("odn_fast.search", "odn_fast.report"), ("odn_fast.predict", "odn_fast.export"),
+            ("odn_fast.evaluate", "odn_fast.export")}
 
 
 def room(module):

@@ -231,10 +231,15 @@ def teacher_of(network: nn.Module, names: Sequence[str] | None, input_shape: tup
     return Teacher(network, block_names(network) if names is None else names, input_shape, name, mean, std)
 
 
-def load_teacher(path: str | Path, classes: int, input_shape: tuple[int, int, int]) -> Teacher:
+def load_teacher(path: str | Path, classes: int, input_shape: tuple[int, int, int],
+                 normalised: tuple[Sequence[float], Sequence[float]] = ((0.0,), (1.0,))) -> Teacher:
     """A CIFAR ResNet from a public checkpoint: {"state_dict": ...}, keys with or without "module." in front.
 
-    Its images are expected in [0, 1]; it standardises them itself. Nothing in the file is executed.
+    Nothing in the file is executed.
+
+    Args:
+        normalised: mean and std, per channel or one for all, that its images x are given with, as (x - mean) / std of x in
+            [0, 1]. One of coloured images undoes that and standardises them as it was trained.
 
     Raises:
         ValueError: a file that is no such checkpoint, or one for other classes or images.
@@ -262,5 +267,10 @@ def load_teacher(path: str | Path, classes: int, input_shape: tuple[int, int, in
     except RuntimeError as error:
         raise ValueError(f"teacher {path}: does not fit ResNet-{depth} on {input_shape} images "
                          f"({str(error).splitlines()[1].strip()[:200]})") from None
-    coloured = input_shape[0] == len(PUBLIC_MEAN)
-    return teacher_of(network, None, input_shape, f"ResNet-{depth}", *((PUBLIC_MEAN, PUBLIC_STD) if coloured else ()))
+    name = f"ResNet-{depth}"
+    if input_shape[0] != len(PUBLIC_MEAN):
+        return teacher_of(network, None, input_shape, name)
+    given_mean, given_std = (torch.tensor(values, dtype=torch.float64) for values in normalised)
+    mean, std = ((torch.tensor(PUBLIC_MEAN, dtype=torch.float64) - given_mean) / given_std,
+                 torch.tensor(PUBLIC_STD, dtype=torch.float64) / given_std)
+    return teacher_of(network, None, input_shape, name, mean.tolist(), std.tolist())

@@ -22,7 +22,7 @@ def teacher_network(config: GrowConfig, data: DataSet) -> nn.Module:
 def create_teacher(config: GrowConfig, data: DataSet) -> Teacher:
     """The teacher that the configuration names; one that is to be trained is untrained, and says its shapes and size."""
     if config.teacher.file is not None:
-        return load_teacher(config.teacher.file, data.num_classes, data.input_shape)
+        return load_teacher(config.teacher.file, data.num_classes, data.input_shape, (data.normalisation.mean, data.normalisation.std))
     return trained_teacher(config, data, teacher_network(config, data))
 
 
