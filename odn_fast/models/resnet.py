@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ..nn import norm_act
 from .depth_network import DepthNetwork
 
 
@@ -20,9 +21,8 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return self.relu(y + self.shortcut(x))
+        y = norm_act(self.bn1, self.conv1(x), self.relu)
+        return norm_act(self.bn2, self.conv2(y), self.relu, lambda: self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -43,15 +43,22 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + self.shortcut(x))
+        y = norm_act(self.bn1, self.conv1(x), self.relu)
+        y = norm_act(self.bn2, self.conv2(y), self.relu)
+        return norm_act(self.bn3, self.conv3(y), self.relu, lambda: self.shortcut(x))
+
+
+class ConvNormAct(nn.Sequential):
+    """A convolution, its batch norm and, where there is a third module, its ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, *relu = self
+        return norm_act(norm, conv(x), *relu)
 
 
 def resnet(block: type, blocks_per_stage: list[int], in_channels: int, num_classes: int) -> DepthNetwork:
     """A ResNet with stages of 64, 128, 256, 512 channels; every stage but the first begins with stride 2."""
-    stem = nn.Sequential(nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+    stem = ConvNormAct(nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
     blocks, widths, width = [], [], 64
     for stage, count in enumerate(blocks_per_stage):
         for position in range(count):
@@ -65,4 +72,4 @@ def resnet(block: type, blocks_per_stage: list[int], in_channels: int, num_class
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+    return ConvNormAct(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
