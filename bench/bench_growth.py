@@ -41,7 +41,7 @@ def make_arm(graph, teacher, split, limit, precision, around=contextlib.nullcont
     network = StudentNetwork(graph, seed=0).to(memory_format=torch.channels_last).train()
     maps = TeacherMaps(teacher, split, normalisation, limit, precision, "cpu")
     maps.want([node.q for node in graph.supervised])
-    loss = growth_loss(graph, maps, labels, lambda: 0.5, standardize=True)
+    loss = growth_loss(graph, maps, labels, torch.tensor(0.5), standardize=True)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=3e-4, fused=True)
     positions = torch.arange(IMAGES).split(BATCH)
     batches = itertools.cycle([(normalisation(split.images[rows]), rows) for rows in positions])

@@ -74,6 +74,7 @@ class RunConfig(_Section):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "cpu"
+    capture: bool = True
     checkpoint_minutes: Positive = 5.0
     malloc_tuning: bool = True
 

@@ -96,7 +96,7 @@ def test_the_loss_of_a_stage(teacher, split):
     x = NORMALISATION(split.images[positions])
     maps = kept(teacher, split, 10**9)
     maps.want([3, 1])
-    losses, correct = growth_loss(student.graph, maps, split.labels, lambda: 0.25, True)(student, x, positions)
+    losses, correct = growth_loss(student.graph, maps, split.labels, torch.tensor(0.25), True)(student, x, positions)
     logits, own = student(x)
     inner = [reference.channel_attention_loss(own[node], teacher.maps(x, [q])[0], None, None, None, True, False)[0]
              for node, q in ((1, 3), (2, 1))]
@@ -109,7 +109,7 @@ def test_the_loss_of_a_stage(teacher, split):
 def test_the_loss_reaches_every_weight_of_the_student(teacher, split):
     student, positions = student_of(teacher).train(), torch.arange(32)
     maps = kept(teacher, split, 0)
-    loss = growth_loss(student.graph, maps, split.labels, lambda: 1.0, True)
+    loss = growth_loss(student.graph, maps, split.labels, torch.tensor(1.0), True)
     loss(student, NORMALISATION(split.images[:32]), positions)[0].sum().backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import odn_fast
-from odn_fast.models import DepthNetwork, create, profile
+from odn_fast.engine import accuracy, confusion, exit_confusions
+from odn_fast.models import DepthNetwork, FoldedNetwork, NetworkAtAllDepths, create, profile
 from odn_fast.search.phases import warm_up_momentum
 
 # network, input, classes, depth, parameters, state bytes, multiply-adds M, Table I "FLOPs" M (as counted)
@@ -152,3 +153,18 @@ def test_warm_up_momentum_gives_the_running_statistics_of_every_depth_on_its_own
 def test_depth_network_wants_one_width_per_block():
     with pytest.raises(ValueError, match="1 blocks and 2 widths"):
         DepthNetwork(nn.Identity(), [nn.Identity()], [3, 4], 2)
+
+
+def test_all_depths_are_evaluated_from_one_folded_pass():
+    torch.manual_seed(0)
+    model = create("resnet18", 1, 10).eval()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_(std=0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+    x, y = torch.randn(40, 1, 12, 12), torch.randint(0, 10, (40,))
+    batches = [(x[:25], y[:25]), (x[25:], y[25:])]
+    together = exit_confusions(FoldedNetwork(NetworkAtAllDepths(model)), batches, 10)
+    assert together.shape == (8, 10, 10)
+    for depth in range(1, 9):
+        assert torch.equal(together[depth - 1], confusion(FoldedNetwork(model.at_depth(depth)), batches, 10)), depth
+    assert len({accuracy(counts) for counts in together}) > 1

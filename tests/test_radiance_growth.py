@@ -92,8 +92,8 @@ def test_losses_fall_and_the_teacher_stays():
     student = create_field(FULL.with_widths((4,) * 4), 1)
     rays, colours = followed(scene.train)
     x = torch.cat([rays, torch.full((len(rays), 8), 0.5)], 1)
-    share = [1.0]
-    loss = distilled_loss(2.0, 6.0, teacher, lambda: share[0])
+    share = torch.tensor(1.0)
+    loss = distilled_loss(2.0, 6.0, teacher, share)
     optimizer = torch.optim.Adam(student.parameters(), 5e-3)
     before = measure_layers(student, teacher, rays, 2.0, 6.0, 8)
     first = loss(student, x, colours)[0].detach()
@@ -105,7 +105,7 @@ def test_losses_fall_and_the_teacher_stays():
     assert (last < first).all() and sum(each.R for each in after) < sum(each.R for each in before)
     torch.testing.assert_close(last[0].item(), sum(each.R for each in after) / 4, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(last[1:], photometric_loss(2.0, 6.0)(student, x, colours)[0].detach())
-    share[0] = 0.0
+    share.zero_()
     assert loss(student, x, colours)[0][0] == 0 and all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -176,7 +176,7 @@ def test_the_page_shows_every_field_and_every_stage(result):
     page = (result.folder / "report.html").read_text()
     assert page.count("<img") == 6 and page.count("data:image/png;base64,") == 6 and "http" not in page.replace("http-equiv", "")
     assert "mathdefault" not in page
-    for words in ("A student of", f"{result.params:,}", "control random", "control narrow", "R layer 4 (width)", "rays/s"):
+    for words in ("A student of", f"{result.params:,}", "control random", "control narrow", "R layer 4 (width)", "first step ms", "rays/s"):
         assert words in page, words
     assert len(re.findall(r"<tr><td class='number'>\d+</td>", page)) == result.stages
 
@@ -308,4 +308,4 @@ def test_a_killed_run_comes_to_the_same_bits(tmp_path, monkeypatch):
 
 def plain(event):
     """An event without its times."""
-    return {key: value for key, value in event.items() if key not in ("time", "seconds", "images_per_second")}
+    return {key: value for key, value in event.items() if key not in ("time", "seconds", "first_step_seconds", "images_per_second")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .arrays import from_arrays, load_npz
-from .batches import Batches, evaluation_batches
+from .batches import Batches, Source, evaluation_batches
 from .cifar import EDITIONS, load_cifar
 from .dataset import DataSet, Normalisation, Split
 from .digits import load_digits
@@ -21,7 +21,7 @@ from .svhn import load_svhn
 NAMES = ("mnist", "fashion-mnist", "emnist-letters", "cifar10", "cifar100", "svhn", "digits", "imagefolder:PATH", "npz:FILE")
 
 __all__ = [
-    "Batches", "DataError", "DataSet", "NAMES", "Normalisation", "Split",
+    "Batches", "DataError", "DataSet", "NAMES", "Normalisation", "Source", "Split",
     "evaluation_batches", "from_arrays", "load", "read_image",
 ]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import keyed_generator
+from .batches import Source, keyed_generator
 from .errors import DataError, needs, reading, regular_file_size
 from .image import MAX_PIXELS
 
@@ -49,6 +49,9 @@ class Views:
     def pixels(self) -> int:
         """V H W: they are numbered view by view, row by row."""
         return self.images.numel() // 3
+
+    def to(self, device: str) -> Views:
+        return replace(self, images=self.images.to(device), poses=self.poses.to(device))
 
     def rays(self, pixels: Tensor | None = None) -> Tensor:
         """(N, 6): origin and unit direction of the ray through the centre of each of `pixels` (N,), or of every pixel."""
@@ -93,7 +96,7 @@ class Scene:
         return digest.hexdigest()
 
 
-class RayBatches:
+class RayBatches(Source):
     """Random rays of views with their colours, the same ones for the same (seed, key, epoch, step).
 
     Args:
@@ -105,13 +108,19 @@ class RayBatches:
         self.steps_per_epoch, self.images_per_epoch = steps_per_epoch, steps_per_epoch * rays_per_step
         self._views, self._count, self._samples, self._seed = views, rays_per_step, samples, seed
 
-    def epoch(self, key: str, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """From step `start` on: (x (R, 6 + samples): origin, direction, numbers in [0, 1); y (R, 3): colours)."""
+    def inputs(self, key: str, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """Numbers of pixels (R,), and numbers in [0, 1) (R, samples)."""
+        self.check_start(start)
+        device = self._views.images.device
         for step in range(start, self.steps_per_epoch):
-            generator = keyed_generator(self._seed, f"{key}, epoch {epoch}", step)
-            chosen = torch.randint(self._views.pixels, (self._count,), generator=generator)
-            jitter = torch.rand(self._count, self._samples, generator=generator)
-            yield torch.cat([self._views.rays(chosen), jitter], 1), self._views.colours(chosen)
+            generator = keyed_generator(self._seed, f"{key}, epoch {epoch}", step, device)
+            chosen = torch.randint(self._views.pixels, (self._count,), generator=generator, device=device)
+            yield chosen, torch.rand(self._count, self._samples, generator=generator, device=device)
+
+    def batch(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """x (R, 6 + samples): origin, direction, numbers in [0, 1); y (R, 3): colours."""
+        chosen, jitter = inputs
+        return torch.cat([self._views.rays(chosen), jitter], 1), self._views.colours(chosen)
 
 
 def load_views(folder: str | Path, size: int | None = None, near: float = 2.0, far: float = 6.0) -> Scene:

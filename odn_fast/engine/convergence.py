@@ -19,6 +19,7 @@ class Training:
         best_accuracy, best_epoch, best_weights: on validation, unrounded, with the state dict that reached it.
         diverged: a loss was not finite.
         seconds: time spent so far.
+        first_step_seconds: from the decision for this network until its first step had ended, in the process that took it.
     """
 
     lr: float
@@ -33,6 +34,7 @@ class Training:
     best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
     diverged: bool = False
     seconds: float = 0.0
+    first_step_seconds: float | None = None
 
 
 class StoppingRule(Protocol):

@@ -13,8 +13,8 @@ from ..data import Normalisation, Split, evaluation_batches
 from ..models import StudentGraph, StudentNetwork
 from ..models.teachers import Teacher
 from ..ops import TeacherStatistics, channel_attention_loss, teacher_statistics
-from .fit import Loss
 from .precision import autocast
+from .step import Loss
 
 _BATCH = 256  # images that a teacher is given at once
 
@@ -115,11 +115,10 @@ def inner_loss(student: Sequence[Tensor], teacher: Sequence[tuple[Tensor, Teache
     return torch.stack(losses).mean()
 
 
-def growth_loss(graph: StudentGraph, maps: TeacherMaps, labels: Tensor, alpha: Callable[[], float],
-                standardize: bool) -> Loss:
+def growth_loss(graph: StudentGraph, maps: TeacherMaps, labels: Tensor, alpha: Tensor, standardize: bool) -> Loss:
     """The loss of a stage: alpha * (mean of R over supervised nodes) and cross-entropy, in this order.
 
-    labels: (images,), of the training split; alpha: read at every step.
+    labels: (images,), of the training split; alpha: (), read at every step on the device.
     """
     nodes = [(node.id, node.q) for node in graph.supervised]
 
@@ -128,7 +127,7 @@ def growth_loss(graph: StudentGraph, maps: TeacherMaps, labels: Tensor, alpha: C
         classified, correct = _classified(logits, labels[positions])
         taught = maps.at(x, positions, [q for _, q in nodes])
         inner = inner_loss([student[node] for node, _ in nodes], taught, standardize)
-        return torch.stack([alpha() * inner, classified]), correct
+        return torch.stack([alpha * inner, classified]), correct
 
     return loss
 

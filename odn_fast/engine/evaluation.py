@@ -23,19 +23,30 @@ class Latency:
         return {"latency_ms": self.median_ms, "latency_low_ms": self.low_ms, "latency_high_ms": self.high_ms}
 
 
-@torch.inference_mode()
 def confusion(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int,
               after_batch: Callable[[], None] = lambda: None) -> Tensor:
     """Counts (K, K): rows are true classes, columns predicted ones.
 
     `network` is used as it is (put it in eval mode); `after_batch` is called after every batch and may raise.
     """
-    counts = torch.zeros(num_classes * num_classes, dtype=torch.int64)
+    return exit_confusions(lambda x: [network(x)], batches, num_classes, after_batch)[0]
+
+
+@torch.inference_mode()
+def exit_confusions(exits: Callable[[Tensor], list[Tensor]], batches: Iterable[tuple[Tensor, Tensor]], num_classes: int,
+                    after_batch: Callable[[], None] = lambda: None) -> Tensor:
+    """Counts (D, K, K) of all depths from one pass; exits: x -> the logits (N, K) of every depth.
+
+    They are added up on the device where the batches are, and read back once.
+    """
+    counts = None
     for x, y in batches:
-        predicted = network(x).argmax(1)
-        counts += torch.bincount((y * num_classes + predicted).cpu(), minlength=num_classes * num_classes)
+        predicted = torch.stack([logits.argmax(1) for logits in exits(x)])
+        if counts is None:
+            counts = torch.zeros(len(predicted), num_classes * num_classes, dtype=torch.int64, device=y.device)
+        counts.scatter_add_(1, predicted + y * num_classes, torch.ones_like(predicted))
         after_batch()
-    return counts.view(num_classes, num_classes)
+    return counts.cpu().view(-1, num_classes, num_classes)
 
 
 def accuracy(counts: Tensor) -> float:

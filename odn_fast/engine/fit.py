@@ -8,11 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..data import Batches
+from ..data import Source
 from .convergence import StoppingRule, Training
-from .precision import autocast
-
-Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+from .step import FitConfig, Loss, TrainStep, set_learning_rate, train_step
 
 
 @dataclass(frozen=True)
@@ -23,19 +21,15 @@ class FitData:
         batches: the training split.
         key: names this training; with the seed and the epoch it decides order and augmentation.
         validate: percent of correct validation images; it is given a function to call between batches. None: no validation.
+        before_epoch: called with the number of epochs finished, where a loss changes from epoch to epoch.
+        since: `time.perf_counter()` when this network was decided on; its first step's latency counts from there.
     """
 
-    batches: Batches
+    batches: Source
     key: str
     validate: Callable[[Callable[[], None]], float] | None = None
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How steps are computed: `precision` fp32 or bf16 (autocast) on `device`."""
-
-    precision: str = "fp32"
-    device: str = "cpu"
+    before_epoch: Callable[[int], None] = lambda epoch: None
+    since: float | None = None
 
 
 class FitRecord(Protocol):
@@ -62,11 +56,14 @@ def fit(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Opti
     A loss or a weight that is not finite after an epoch ends the training with the outcome "diverged"; the weights are
     then the best ones so far (where there are none, as they are).
     """
+    step = train_step(model, loss, optimizer, data.batches, config)
     while (outcome := stop.finished(training)) is None:
-        for group in optimizer.param_groups:
-            group["lr"] = stop.learning_rate(training)
+        lr = stop.learning_rate(training)
+        set_learning_rate(optimizer, lr)
+        data.before_epoch(training.epoch)
         started, first_step = time.perf_counter(), training.step
-        images = train_epoch(model, data, loss, optimizer, config, record, training)
+        images = train_epoch(step, data, record, training)
+        step.wait()
         trained = time.perf_counter()
         if not (torch.isfinite(training.loss_sum).all() and _finite(model)):
             training.diverged = True
@@ -79,7 +76,7 @@ def fit(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Opti
             "losses": (training.loss_sum / training.images).tolist(),
             "train_accuracies": (100 * training.correct.double() / training.images).tolist(),
             "validation_accuracy": accuracy,
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": lr,
             "seconds": ended - started,
             "images_per_second": images / (trained - started) if training.step > first_step else None,
         }
@@ -94,29 +91,23 @@ def fit(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Opti
     return outcome
 
 
-def train_epoch(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Optimizer, config: FitConfig,
-                record: FitRecord, training: Training) -> int:
+def train_epoch(step: TrainStep, data: FitData, record: FitRecord, training: Training) -> int:
     """The rest of the epoch that `training` is in; returns the images seen here. Nothing is read back from the device."""
-    model.train()
+    step.model.train()
+    step.begin_epoch(training)
     before = training.images
-    for x, y in data.batches.epoch(data.key, training.epoch, start=training.step):
-        x, y = x.to(config.device), y.to(config.device)
-        with autocast(config.precision, config.device):
-            losses, correct = loss(model, x, y)
-        optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()
-        optimizer.step()
-        total = losses.detach().double() * len(y)
-        training.loss_sum = total if training.loss_sum is None else training.loss_sum + total
-        training.correct = correct if training.correct is None else training.correct + correct
-        training.images += len(y)
-        training.step += 1
-        record.step(model, optimizer, training)
+    for inputs in data.batches.inputs(data.key, training.epoch, start=training.step):
+        step(inputs, training)
+        if training.first_step_seconds is None and data.since is not None:
+            step.wait()
+            training.first_step_seconds = time.perf_counter() - data.since
+        record.step(step.model, step.optimizer, training)
     return training.images - before
 
 
 def _finite(model: nn.Module) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values() if tensor.is_floating_point())
+    checks = [torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return not checks or bool(torch.stack(checks).all())
 
 
 def classification_loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,11 +42,11 @@ class Interrupts:
     @contextlib.contextmanager
     def deferred(self):
         """Inside, the caller looks at `pending` whenever its state is whole."""
-        self._deferred = True
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
 
     def _handle(self, number: int, _frame):
         second = self.pending is not None

@@ -4,7 +4,6 @@ Every hidden layer is a node of SEArch (section 4.5). What its neurons say at a 
 `CHUNK` points, each of which is to channel attention what an image is: (chunks, C, CHUNK, 1), C = the layer's width.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models.radiance import RadianceField, along, composited, psnr, rendered, sample_distances
 from ..ops import channel_attention_loss
-from .fit import Loss
+from .step import Loss
 
 CHUNK = 64  # as many positions as an 8x8 map: attention sharpens with their number
 
@@ -50,14 +49,14 @@ def photometric_loss(near: float, far: float) -> Loss:
     return loss
 
 
-def distilled_loss(near: float, far: float, teacher: RadianceField, alpha: Callable[[], float]) -> Loss:
-    """alpha * (mean of R over hidden layers), and the photometric loss: (2,)."""
+def distilled_loss(near: float, far: float, teacher: RadianceField, alpha: Tensor) -> Loss:
+    """alpha * (mean of R over hidden layers), and the photometric loss: (2,); alpha: (), read at every step."""
     def loss(network: RadianceField, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         error, maps, points = _seen(network, x, y, near, far)
         with torch.no_grad():
             taught = teacher.maps(points)
         inner = sum(inner_loss(given, wanted) for given, wanted in zip(maps, taught)) / len(maps)
-        losses = torch.stack([alpha() * inner, error])
+        losses = torch.stack([alpha * inner, error])
         return losses, _uncounted(losses)
 
     return loss

@@ -1,6 +1,6 @@
 """Backbones split by depth, students that grow, and what they cost."""
 
-from .depth_network import DepthNetwork
+from .depth_network import DepthNetwork, NetworkAtAllDepths
 from .fold import FoldedNetwork
 from .profile import Profile, profile
 from .resnet import BasicBlock, Bottleneck, resnet
@@ -16,8 +16,8 @@ _RESNETS = {
 NAMES = tuple(_RESNETS)
 
 __all__ = [
-    "Count", "DepthNetwork", "Edge", "FoldedNetwork", "NAMES", "Node", "Profile", "StudentGraph",
-    "StudentNetwork", "count", "create", "deepen", "extract", "grown", "initial_graph", "plain", "profile", "widen",
+    "Count", "DepthNetwork", "Edge", "FoldedNetwork", "NAMES", "NetworkAtAllDepths", "Node", "Profile",
+    "StudentGraph", "StudentNetwork", "count", "create", "deepen", "extract", "grown", "initial_graph", "plain", "profile", "widen",
 ]
 
 

@@ -107,6 +107,17 @@ class NetworkAtDepth(nn.Module):
         return self.head(torch.flatten(self.pool(x), 1))
 
 
+class NetworkAtAllDepths(nn.Module):
+    """The same network, whose output is the logits (N, K) of every depth; to be folded or traced."""
+
+    def __init__(self, model: DepthNetwork):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.model.forward_exits(x)
+
+
 def pooled(x: Tensor) -> Tensor:
     """Global average pool: (N, C, H, W) -> (N, C)."""
     return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)

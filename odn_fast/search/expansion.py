@@ -113,7 +113,7 @@ def _run(config: ExpandConfig, model: DepthNetwork, data: DataSet, checksum: str
          display: Display | Silent, resumed: bool) -> Result:
     with at_work(config, checksum, folder, state, display) as session:
         model.to(config.run.device, memory_format=torch.channels_last)
-        search = Search(config, model, data, checksum, folder, display, state, session.recorder, session.fit_config)
+        search = Search(config, model, data.to(config.run.device), checksum, folder, display, state, session.recorder, session.fit_config)
         _phases(search, session, resumed)
         return _result(search)
 

@@ -142,7 +142,7 @@ def _checksum(config: GrowConfig, teacher: Teacher) -> str | None:
 def _run(config: GrowConfig, teacher: Teacher, data: DataSet, checksum: str, folder: RunFolder, state: GrowState,
          display: Display | Silent, resumed: bool) -> GrowResult:
     with at_work(config, checksum, folder, state, display, teacher=_checksum(config, teacher)) as session:
-        growth = Growth(config, teacher, first_student(config, teacher, data), data, checksum, folder, display, state,
+        growth = Growth(config, teacher, first_student(config, teacher, data), data.to(config.run.device), checksum, folder, display, state,
                         session.recorder, session.fit_config)
         _phases(growth, session, resumed)
         return _result(growth)

@@ -13,7 +13,7 @@ from ..data import Batches, DataSet, evaluation_batches
 from ..data.batches import keyed_generator
 from ..engine import (
     CosineEpochs, FitConfig, Loss, NodeMeasure, SteppedEpochs, TeacherMaps, Training, accuracy, classification_loss, growth_loss,
-    label_loss, logit_loss, measure, measure_latency, numbered, teacher_logits)
+    label_loss, logit_loss, make_sgd, measure, measure_latency, numbered, teacher_logits)
 from ..machine import environment
 from ..models import FoldedNetwork, StudentGraph, StudentNetwork, count, extract, grown, plain, profile
 from ..models.teachers import Teacher
@@ -131,8 +131,10 @@ def _train_stage(growth: Growth, network: StudentNetwork, maps: TeacherMaps):
     """E epochs on L_cls + alpha * (mean of R over supervised nodes)."""
     state, settings, epochs = growth.state, growth.config.growth, growth.config.growth.stage_epochs
 
-    def present_alpha() -> float:
-        return alpha(state.training.epoch, epochs)
+    present = torch.zeros((), device=growth.config.run.device)
+
+    def set_alpha(epoch: int):
+        present.fill_(alpha(epoch, epochs))
 
     def shown_alpha(training: Training) -> str:
         return f"alpha {alpha(training.epoch - (training.step == 0), epochs):.2f}"  # of the epoch that has just ended, at its end
@@ -141,10 +143,10 @@ def _train_stage(growth: Growth, network: StudentNetwork, maps: TeacherMaps):
     if refused and settings.cache_gib and settings.augment not in ("stages", "both"):
         growth.display.message(f"the teacher's map {refused[0]} does not fit into --cache-gib {settings.cache_gib:g} any more (it needs "
                                f"{maps.bytes(refused[0]) / 2**30:.1f}), and is computed at every step")
-    loss = growth_loss(network.graph, maps, _labels(growth), present_alpha, settings.standardize)
+    loss = growth_loss(network.graph, maps, growth.data.train.labels, present, settings.standardize)
     outcome = _train(growth, network, f"stage {state.stage}", f"stage {state.stage} ({count(network.graph).params:,} parameters)",
                      SteppedEpochs(epochs, growth.config.training.lr), loss, growth.config.training,
-                     augment=settings.augment in ("stages", "both"), goal=shown_alpha)
+                     augment=settings.augment in ("stages", "both"), goal=shown_alpha, before_epoch=set_alpha)
     if outcome == "diverged":
         raise RunError(f"stage {state.stage}: the loss is not finite any more; start again with a smaller --lr")
 
@@ -152,10 +154,9 @@ def _train_stage(growth: Growth, network: StudentNetwork, maps: TeacherMaps):
 def _measure_stage(growth: Growth, network: StudentNetwork) -> list[NodeMeasure]:
     """Accuracy, and R of every supervised node, on the whole validation split; writes the event of the stage."""
     state, data, graph = growth.state, growth.data, network.graph
-    device, training = growth.config.run.device, state.training
+    training = state.training
     batches = evaluation_batches(data.validation, data.normalisation, _MEASURED)
-    reached, measures = measure(network, growth.teacher, ((x.to(device), y.to(device)) for x, y in batches),
-                                growth.config.growth.standardize)
+    reached, measures = measure(network, growth.teacher, batches, growth.config.growth.standardize)
     cost, nodes = count(graph), []
     for each in measures:
         if not math.isfinite(each.R):
@@ -166,7 +167,7 @@ def _measure_stage(growth: Growth, network: StudentNetwork) -> list[NodeMeasure]
     state.step_seconds = training.seconds / steps
     growth.folder.event("stage", stage=state.stage, graph=graph.to_dict(), params=cost.params, flops=cost.flops,
                         validation_accuracy=reached, epochs=training.epoch, seconds=training.seconds,
-                        step_ms=1e3 * state.step_seconds, nodes=nodes)
+                        first_step_seconds=training.first_step_seconds, step_ms=1e3 * state.step_seconds, nodes=nodes)
     growth.display.message(f"stage {state.stage}: {cost.params:,} parameters, {cost.flops / 1e6:.2f} M FLOPs, validation "
                            f"{reached:.2f} %, {1e3 * state.step_seconds:.1f} ms a step")
     _look_for_collapse(growth, reached, measures)
@@ -226,7 +227,7 @@ def retrain(growth: Growth):
             raise RunError("retraining: the loss is not finite any more; start again with a smaller --lr")
         growth.folder.event("retrain", outcome=outcome, retrain_from=settings.retrain_from, epochs=state.training.epoch,
                             best_accuracy=state.training.best_accuracy, best_epoch=state.training.best_epoch,
-                            seconds=state.training.seconds)
+                            seconds=state.training.seconds, first_step_seconds=state.training.first_step_seconds)
         state.reading = _read(growth, network, "student")
         growth.recorder.checkpoint()
     network.load_state_dict(state.training.best_weights)
@@ -245,7 +246,7 @@ def run_controls(growth: Growth):
         if state.training is None:
             growth.display.message(f"{title}: {_CONTROLS[name]}, {epochs} epochs")
         if name == "logits":
-            _train_on_labels(growth, network, title, title, rule, logit_loss(_labels(growth), _soft_labels(growth)))
+            _train_on_labels(growth, network, title, title, rule, logit_loss(growth.data.train.labels, _soft_labels(growth)))
         else:
             _train_on_labels(growth, network, title, title, rule)
         entry = {"name": name, "validation_accuracy": None, "test_accuracy": None, "epochs": state.training.epoch}
@@ -290,7 +291,7 @@ def _train_on_labels(growth: Growth, network: StudentNetwork, key: str, title: s
                      loss: Loss | None = None) -> str:
     """Train with validation after every epoch; the network is then the best of them."""
     validate = _validation(growth, FoldedNetwork(plain(network)))
-    outcome = _train(growth, network, key, title, rule, loss or label_loss(_labels(growth)), growth.config.training,
+    outcome = _train(growth, network, key, title, rule, loss or label_loss(growth.data.train.labels), growth.config.training,
                      augment=growth.config.growth.augment in ("retrain", "both"), validate=validate)
     if growth.state.training.best_weights is not None:
         network.load_state_dict(growth.state.training.best_weights)
@@ -350,11 +351,11 @@ def _finish(growth: Growth):
 
 
 def _train(growth: Growth, network: nn.Module, key: str, title: str, rule: CosineEpochs | SteppedEpochs, loss: Loss, settings, *,
-           augment: bool, validate=None, goal: Callable[[Training], str] = best_so_far, positions: bool = True) -> str:
+           augment: bool, validate=None, goal: Callable[[Training], str] = best_so_far, positions: bool = True,
+           before_epoch: Callable[[int], None] = lambda epoch: None) -> str:
     """settings: momentum and weight decay; positions: the loss takes positions in the training split, not labels."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=rule.lr, momentum=settings.momentum,
-                                weight_decay=settings.weight_decay, fused=True)
-    plan = Plan(key, title, goal, loss, _batches(growth, augment, positions), rule, optimizer, validate)
+    optimizer = make_sgd(network, rule.lr, settings.momentum, settings.weight_decay, growth.config.run.device)
+    plan = Plan(key, title, goal, loss, _batches(growth, augment, positions), rule, optimizer, validate, before_epoch)
     return train(growth.state, growth.recorder, growth.fit_config, network, plan)
 
 
@@ -379,10 +380,6 @@ def _validation(growth: Growth, folded: FoldedNetwork) -> Callable[[Callable[[],
         return accuracy(confusion_of(folded.refresh(), growth.data, growth.data.validation, growth.config.run.device, after_batch))
 
     return validate
-
-
-def _labels(growth: Growth) -> torch.Tensor:
-    return growth.data.train.labels.to(growth.config.run.device)
 
 
 def _warn(growth: Growth, text: str):

@@ -1,5 +1,6 @@
 """Everything that growth has to remember between two processes."""
 
+import time
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -46,6 +47,8 @@ class GrowState:
     step_seconds: float = 0.0
     seconds: float = 0.0
 
+    decided = None  # `time.perf_counter()` when this process moved on to what is under training; not stored
+
     @property
     def stage(self) -> int:
         """Number of the stage under training, from 1; after the last, the number of stages."""
@@ -68,6 +71,7 @@ class GrowState:
         """Move on to a phase with a fresh training, which starts from `weights`."""
         self.phase, self.weights, self.control = phase, weights, control
         self.training = self.model = self.optimizer = None
+        self.decided = time.perf_counter()
 
     def begin_next_control(self, names: list[str]) -> bool:
         """Move on to the first control of `names` that has not ended; False if all have."""

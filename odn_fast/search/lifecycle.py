@@ -164,7 +164,7 @@ def at_work(config: ExpandConfig | GrowConfig, checksum: str, folder: RunFolder,
         torch.set_num_threads(config.run.threads)
         stored = {"config": flat(config), "environment": run_environment(config), "data": checksum, **header}
         recorder = Recorder(folder, display, interrupts, state, stored, config.run.checkpoint_minutes)
-        fit_config = FitConfig(resolve_precision(config.run.precision, config.run.device), config.run.device)
+        fit_config = FitConfig(resolve_precision(config.run.precision, config.run.device), config.run.device, config.run.capture)
         yield Session(recorder, fit_config, config.run.malloc_tuning and tune_allocator())
 
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 from .. import __version__, export
 from ..config import ExpandConfig
 from ..data import Batches, DataSet, Split
-from ..engine import Convergence, CosineEpochs, FitConfig, Training, accuracy, classification_loss, measure_latency
+from ..engine import Convergence, CosineEpochs, FitConfig, Training, accuracy, classification_loss, make_sgd, measure_latency
 from ..machine import environment
 from ..models import DepthNetwork, FoldedNetwork, profile
 from ..record import RunError, RunFolder
@@ -261,8 +261,7 @@ def _train_depth(search: Search, rule: Convergence, lr: float) -> str:
 
 def _train(search: Search, network: nn.Module, loss, key: str, rule, lr: float, validate=None) -> str:
     settings, data = search.config.training, search.data
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=settings.momentum,
-                                weight_decay=settings.weight_decay, fused=True)
+    optimizer = make_sgd(network, lr, settings.momentum, settings.weight_decay, search.config.run.device)
     batches = Batches(data.train, data.normalisation, settings.batch_size, search.config.run.seed,
                       augment=data.augment, drop_last=data.drop_last)
     plan = Plan(key, _title(search.state), _goal(rule), loss, batches, rule, optimizer, validate)

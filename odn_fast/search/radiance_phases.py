@@ -7,16 +7,17 @@ import base64
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor
 
 from .. import __version__
 from ..config import GrowViewsConfig
 from ..data.batches import keyed_generator
 from ..data.views import RayBatches, Scene, Views
-from ..engine import CosineEpochs, FitConfig, Loss
+from ..engine import CosineEpochs, FitConfig, Loss, make_adam
 from ..engine.radiance import LayerMeasure, distilled_loss, measure_layers, photometric_loss, rays_psnr
 from ..machine import environment
 from ..models.radiance import (
@@ -146,9 +147,10 @@ def grow_stages(growth: RadianceGrowth):
 def _train_stage(growth: RadianceGrowth, network: RadianceField, teacher: RadianceField):
     """E epochs on the colours + alpha * (mean of R over hidden layers)."""
     state, epochs = growth.state, growth.config.growth.stage_epochs
-    loss = distilled_loss(growth.scene.near, growth.scene.far, teacher, lambda: alpha(state.training.epoch, epochs))
+    present = torch.zeros((), device=growth.config.run.device)
+    loss = distilled_loss(growth.scene.near, growth.scene.far, teacher, present)
     title = f"stage {state.stage} ({network.shape.params:,} parameters)"
-    _train(growth, network, f"stage {state.stage}", title, epochs, loss)
+    _train(growth, network, f"stage {state.stage}", title, epochs, loss, lambda epoch: present.fill_(alpha(epoch, epochs)))
 
 
 def _measure_stage(growth: RadianceGrowth, network: RadianceField, teacher: RadianceField) -> list[LayerMeasure]:
@@ -163,7 +165,8 @@ def _measure_stage(growth: RadianceGrowth, network: RadianceField, teacher: Radi
     reached = rays_psnr(network, rays, colours, scene.near, scene.far, samples)
     share = shape.params / growth.teacher_shape.params
     growth.folder.event("stage", stage=state.stage, shape=shape.to_dict(), params=shape.params, share=share, validation_psnr=reached,
-                        epochs=training.epoch, seconds=training.seconds, layers=[each.to_dict() for each in layers])
+                        epochs=training.epoch, seconds=training.seconds, first_step_seconds=training.first_step_seconds,
+                        layers=[each.to_dict() for each in layers])
     growth.display.message(
         f"stage {state.stage}: {shape.params:,} parameters ({100 * share:.1f} % of the teacher), validation {reached:.2f} dB, R "
         + ", ".join(f"{each.R:.3g}" for each in layers))
@@ -311,11 +314,13 @@ def _finish(growth: RadianceGrowth):
 # ---- what they share
 
 
-def _train(growth: RadianceGrowth, network: RadianceField, key: str, title: str, epochs: int, loss: Loss):
+def _train(growth: RadianceGrowth, network: RadianceField, key: str, title: str, epochs: int, loss: Loss,
+           before_epoch: Callable[[int], object] = lambda epoch: None):
     """Adam, its rate annealed over the epochs, PSNR on some validation rays after every one. Raises RunError if it diverges."""
     settings, scene = growth.config.training, growth.scene
-    batches = RayBatches(scene.train, settings.rays, settings.steps_per_epoch, settings.samples, growth.config.run.seed)
-    optimizer = optim.Adam(network.parameters(), lr=settings.lr, fused=True)
+    views, seed = scene.train.to(growth.config.run.device), growth.config.run.seed
+    batches = RayBatches(views, settings.rays, settings.steps_per_epoch, settings.samples, seed)
+    optimizer = make_adam(network, settings.lr, growth.config.run.device)
     rays, colours = followed(scene.validation)
 
     def validate(after_batch) -> float:
@@ -326,7 +331,7 @@ def _train(growth: RadianceGrowth, network: RadianceField, key: str, title: str,
         return psnr(torch.cat(errors).mean().item())
 
     plan = Plan(key, title, lambda _: f"{network.shape.params:,} parameters", loss, batches, CosineEpochs(epochs, settings.lr),
-                optimizer, validate)
+                optimizer, validate, before_epoch)
     if train(growth.state, growth.recorder, growth.fit_config, network, plan) == "diverged":
         raise RunError(f"{title}: the loss is not finite any more; start again with a smaller --lr than {settings.lr:g}")
 

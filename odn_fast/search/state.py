@@ -1,5 +1,6 @@
 """Everything that a depth search has to remember between two processes."""
 
+import time
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -33,6 +34,8 @@ class RunState:
     readings: dict[str, dict] = field(default_factory=dict)
     seconds: float = 0.0
 
+    decided = None  # `time.perf_counter()` when this process moved on to what is under training; not stored
+
     @property
     def place(self) -> dict[str, Any]:
         return {"phase": self.phase, "depth": self.depth}
@@ -41,6 +44,7 @@ class RunState:
         """Move on to a phase and depth with a fresh training."""
         self.phase, self.depth = phase, depth
         self.training = self.model = self.optimizer = None
+        self.decided = time.perf_counter()
 
     @property
     def baseline(self) -> dict | None:
