@@ -160,7 +160,7 @@ def chosen_split(data: DataSet, name: str | None) -> tuple[str, Split]:
 def counted(subject: Subject, data: DataSet, split: Split, batch_size: int, device: str) -> Tensor:
     """Counts (K, K): rows are true classes, columns predicted ones. Progress and time left are shown on a terminal."""
     network = subject.network.to(device)
-    batches = ((x.to(device), y.to(device)) for x, y in evaluation_batches(split, subject.normalisation, batch_size))
+    batches = evaluation_batches(split.to(device), subject.normalisation, batch_size)
     console = Console(file=sys.stdout)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

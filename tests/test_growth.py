@@ -13,8 +13,9 @@ from odn_fast.data import Normalisation, load
 from odn_fast.engine import accuracy, confusion
 from odn_fast.models.student_graph import StudentGraph, count, deepen, widen
 from odn_fast.models.teachers import teacher_of
+from odn_fast.ops._library import on_references
 from odn_fast.record import RunError
-from odn_fast.search import grow, growth_phases, resume
+from odn_fast.search import grow, resume
 from odn_fast.search.recorder import Recorder
 
 QUICK = {"teacher_epochs": 4, "stage_epochs": 2, "retrain_epochs": 3, "precision": "fp32", "threads": 1}
@@ -174,6 +175,15 @@ def test_memory_for_maps_changes_speed_only(tmp_path):
         assert one["nodes"][0]["R"] == pytest.approx(other["nodes"][0]["R"], rel=1e-2)
 
 
+def test_growth_runs_on_the_references_of_its_ops_too(tmp_path):
+    with on_references():
+        plain = small(tmp_path, "plain")
+    fused = small(tmp_path, "fused")
+    assert plain.stages == fused.stages and plain.params == fused.params
+    one, other = (events(result, "stage")[0] for result in (plain, fused))
+    assert one["nodes"][0]["R"] == pytest.approx(other["nodes"][0]["R"], rel=1e-2)
+
+
 @pytest.mark.parametrize("settings", [{"score": "random"}, {"score": "r"}, {"score": "relative", "c": 0.25}, {"augment": "both"},
                                       {"skip": "always"}, {"retrain_from": "scratch"}, {"precision": "bf16"}, {"width": 0.5},
                                       {"augment": "retrain", "controls": ["logits"]}, {"cache_gib": 0, "augment": "stages"}])
@@ -208,13 +218,16 @@ def test_a_budget_that_the_first_student_fills_needs_no_stage(tmp_path):
     assert result.stages == 0 and result.params == first and result.controls[0]["epochs"] == 2
 
 
-def test_the_literal_formula_is_watched(tmp_path, monkeypatch):
-    """A node that measures as collapsed is said so, and growth goes on."""
-    monkeypatch.setattr(growth_phases.NodeMeasure, "collapsed", property(lambda self: True))
-    result = small(tmp_path, standardize=False)
-    assert result.collapsed and events(result, "result")[0]["collapsed"]
+@pytest.mark.parametrize("standardize", [True, False])
+def test_the_literal_formula_shrinks_a_student_to_zero_and_that_is_said(tmp_path, standardize):
+    result = grow("resnet20", "digits", limit_train=600, budget="40k", controls=[], out=tmp_path / "run", standardize=standardize,
+                  **{**QUICK, "teacher_epochs": 8, "stage_epochs": 6})
     said = [event["text"] for event in events(result, "warning")]
-    assert "node 1 has collapsed" in said[0] and "leave --no-standardize out" in said[0]
+    assert result.collapsed == events(result, "result")[0]["collapsed"] == (not standardize)
+    if standardize:
+        assert not said
+    else:
+        assert "stage 1: node 1 has collapsed: its map is close to zero" in said[0] and "leave --no-standardize out" in said[0]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

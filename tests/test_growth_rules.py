@@ -172,10 +172,13 @@ def test_no_policy_exceeds_its_limits_or_ends_far_from_the_budget(seed):
     draw = random.Random(seed)
     shapes, c = maps(3), draw.choice((0.25, 0.5, 0.75))
     graph = initial_graph((3, 32, 32), shapes, 10, skip=draw.choice(("auto", "always")))
-    limits = Limits("params", draw.randrange(count(graph).params, 250_000), draw.choice((None, 40_000_000)))
+    first = count(graph)
+    limits = draw.choice((Limits("params", draw.randrange(first.params, 250_000), draw.choice((None, draw.randrange(first.flops, 20_000_000)))),
+                          Limits("flops", draw.randrange(first.flops, 40_000_000))))
     while can_grow(graph, shapes, limits, c):
         graph = choose_split(graph, {node.id: draw.random() for node in graph.supervised}, shapes, limits, c).graph
-        assert limits.allow(count(graph))
+        cost = count(graph)
+        assert (cost.params if limits.unit == "params" else cost.flops) <= limits.budget and cost.flops <= (limits.max_flops or cost.flops)
         assert all(edge.units <= FULL for edge in graph.edges)
         qs = [node.q for node in graph.nodes]
         assert len(set(qs)) == len(qs)
