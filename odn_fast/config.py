@@ -55,6 +55,8 @@ class SearchConfig(_Section):
     max_depth: Count | None = None
     epochs_cap: Count | None = None
     epochs_per_depth: list[Count] | None = Field(default=None, min_length=1)
+    strategy: Literal["linear", "parallel", "bisect"] = "linear"
+    workers: Annotated[int, Field(ge=1, le=256)] | None = None
     require_target: bool = False
     baseline: Literal["none", "full"] = "none"
 
@@ -259,6 +261,8 @@ def _expand_recipe(config: ExpandConfig) -> dict[str, Any]:
     fixed = config.search.epochs_per_depth is not None
     if fixed and config.search.epochs_cap is not None:
         raise ConfigError("search.epochs_cap: does not go with search.epochs_per_depth, which fixes the epochs")
+    if config.search.workers is not None and config.search.strategy != "parallel":
+        raise ConfigError(f"search.workers: goes with --strategy parallel only; {config.search.strategy} trains one depth at a time")
     if fixed or "epochs_cap" in config.search.model_fields_set:  # given, perhaps as null: no cap
         recipe.pop("search.epochs_cap", None)
     return recipe

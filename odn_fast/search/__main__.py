@@ -14,6 +14,7 @@ from .growth import GrowResult, resume_growth, run_growth
 from .lifecycle import kind_of
 from .options import EXPAND, GROW, GROW_VIEWS, add_options, given_settings
 from .radiance_growth import ViewsResult, resume_views_growth, run_views_growth
+from .strategies import none_of
 
 _STATUS = """exit status: 0 the run ended{}; 1 the run could not go on, it can be
 resumed; 2 something asked for cannot be; 130 or 143 stopped by Ctrl-C or SIGTERM, state saved.
@@ -119,11 +120,9 @@ def _conclude(result: Result, display: Display):
     full, found = result.depths[-1], result.depths[result.depth - 1]
     trained = [row["depth"] for row in result.depths if row["trained"]]
     if result.target_met:
-        untried = f" (depths below {trained[0]} were not tried)" if trained[0] > 1 else ""
-        display.message(f"\nfound: depth {result.depth} of {full['depth']} is the smallest that reaches {need:g} %{cap}{untried}")
+        display.message(f"\nfound: depth {result.depth} of {full['depth']} {_reached(result, trained, f'{need:g} %{cap}')}")
     else:
-        display.message(f"\nNOT MET: no depth from {trained[0]} to {trained[-1]} reached {need:g} %{cap}; the best, depth "
-                        f"{result.depth}, was kept")
+        display.message(f"\nNOT MET: {none_of(trained)} reached {need:g} %{cap}; the best, depth {result.depth}, was kept")
     test = "no test split" if result.test_accuracy is None else f"test accuracy {result.test_accuracy:.2f} %"
     display.message(f"validation accuracy {result.validation_accuracy:.2f} %, {test}")
     compared = " (size only)" if result.baseline is None else (
@@ -132,6 +131,15 @@ def _conclude(result: Result, display: Display):
                     f"{100 * (1 - found['state_bytes'] / full['state_bytes']):.1f} % smaller than full depth{compared}")
     display.message(f"model:  {result.folder / 'model'}")
     display.message(f"report: {result.folder / 'report.html'}")
+
+
+def _reached(result: Result, trained: list[int], wanted: str) -> str:
+    """What the search says of the found depth, and of smaller ones that it did not train."""
+    untried = [depth for depth in range(1, result.depth) if depth not in trained]
+    if untried and result.config.search.strategy == "bisect":
+        return (f"reaches {wanted}; it is the smallest that does if accuracy grows with depth (not tried: "
+                f"{', '.join(map(str, untried))})")
+    return f"is the smallest that reaches {wanted}" + (f" (depths below {trained[0]} were not tried)" if untried else "")
 
 
 def _conclude_growth(result: GrowResult, display: Display):

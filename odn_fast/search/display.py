@@ -1,6 +1,7 @@
 """What a search says while it works: a live line on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 import time
 
 from rich.console import Console
@@ -10,12 +11,14 @@ from rich.text import Text
 
 
 class Display:
-    """Prints to standard output. `Silent` is its counterpart for use from Python."""
+    """Prints to standard output, from any thread. `Silent` is its counterpart for use from Python."""
 
     def __init__(self):
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._shown = 0.0
+        self._steps: dict[str, str] = {}
+        self._lock = threading.Lock()
 
     def message(self, text: str):
         self._console.print(text, markup=False)
@@ -35,23 +38,35 @@ class Display:
                 f"{row['seconds_per_epoch']:.1f}" if row["seconds_per_epoch"] is not None else "-")
         Console(file=self._console.file, width=100, highlight=False, no_color=not self._console.is_terminal).print(table)
 
-    def step(self, text: str):
-        """The live line of the epoch under way; terminals only."""
-        now = time.monotonic()
-        if not self._console.is_terminal or now - self._shown < 0.25:
+    def step(self, title: str, text: str):
+        """The live line of the epoch that the training called `title` is in, below those of others; terminals only."""
+        if not self._console.is_terminal:
             return
-        self._shown = now
-        if self._live is None:
-            self._live = Live(console=self._console, transient=True, auto_refresh=False)
-            self._live.start()
-        self._live.update(Text(text, overflow="ellipsis", no_wrap=True), refresh=True)
+        with self._lock:
+            self._steps[title] = text
+            now = time.monotonic()
+            if now - self._shown < 0.25:
+                return
+            self._shown = now
+            if self._live is None:
+                self._live = Live(console=self._console, transient=True, auto_refresh=False)
+                self._live.start()
+            self._live.update(Text("\n".join(self._steps.values()), overflow="ellipsis", no_wrap=True), refresh=True)
 
-    def epoch(self, text: str):
-        """The line of an epoch that has ended, in place of the live one."""
-        self.close()
-        self._console.print(text, markup=False)
+    def epoch(self, title: str, text: str):
+        """The line of an epoch (or of a training) that has ended, in place of the live one."""
+        with self._lock:
+            self._steps.pop(title, None)
+            self._stop()
+            self._console.print(text, markup=False)
 
     def close(self):
+        """End the live lines of all trainings."""
+        with self._lock:
+            self._steps.clear()
+            self._stop()
+
+    def _stop(self):
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -63,6 +78,6 @@ class Silent:
     def message(self, text: str): ...
     def warning(self, text: str): ...
     def depths(self, rows: list[dict]): ...
-    def step(self, text: str): ...
-    def epoch(self, text: str): ...
+    def step(self, title: str, text: str): ...
+    def epoch(self, title: str, text: str): ...
     def close(self): ...

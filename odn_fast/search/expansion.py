@@ -6,6 +6,7 @@ until the target is met, fine-tune, extract.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from .display import Display, Silent
 from .lifecycle import (
     Session, announce, announce_resumption, at_work, described, duration, from_settings, given_data, new_folder, record_start,
     reopened, with_threads)
-from .phases import Search, baseline, fine_tune, search_depths, warm_up
+from .depths import search_depths
+from .phases import Search, baseline, fine_tune, last_depth, warm_up
 from .preview import depth_rows
 from .setup import check_depths, create_model, default_folder, load_data
 from .state import RunState
+from .strategies import in_words, longest, share_out
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,12 @@ def expand(model: str | DepthNetwork = "resnet18", dataset: str | DataSet | None
 def run_expansion(config: ExpandConfig, out: str | Path | None, *, model: DepthNetwork | None = None,
                   data: DataSet | None = None, display: Display | Silent) -> Result:
     """A new search in a new run folder. `model` and `data` stand in for those that the configuration names."""
-    config = with_threads(resolve(config))
+    config = resolve(config)
     data = data or load_data(config)
     check_device(config.run.device)
     model = copy.deepcopy(model) if model is not None else create_model(config, data)
     check_depths(config, model, data)
+    config = with_threads(_with_workers(config, model))
     checksum = data.checksum()
     folder = new_folder(out or default_folder("expand", config.data.dataset, config.model or "model"), to_yaml(config))
     return _run(config, model, data, checksum, folder, RunState(), display, resumed=False)
@@ -118,6 +122,16 @@ def _run(config: ExpandConfig, model: DepthNetwork, data: DataSet, checksum: str
         return _result(search)
 
 
+def _with_workers(config: ExpandConfig, model: DepthNetwork) -> ExpandConfig:
+    """The configuration with the number of workers, and of threads for each, that it is to be resumed with."""
+    if config.search.strategy != "parallel":
+        return config
+    depths = last_depth(config, model.max_depth) - config.search.initial_depth + 1
+    workers, threads = share_out(torch.get_num_threads(), depths, torch.device(config.run.device).type == "cuda",
+                                 config.search.workers, config.run.threads)
+    return from_values({"search.workers": workers, "run.threads": threads}, config.model_dump())
+
+
 def _phases(search: Search, session: Session, resumed: bool):
     state = search.state
     if state.phase == "finished":
@@ -134,6 +148,13 @@ def _phases(search: Search, session: Session, resumed: bool):
         baseline(search)
 
 
+def _place(state: RunState) -> str:
+    """Where a run goes on, after its phase."""
+    if state.under_way:
+        return " at depths " + ", ".join(map(str, sorted(state.under_way)))
+    return f" at depth {state.depth}" if state.depth else ""
+
+
 def _announce(search: Search, session: Session, resumed: bool):
     """First screen: what runs on what, and the table of depths."""
     config, data, state, say = search.config, search.data, search.state, search.display.message
@@ -142,9 +163,11 @@ def _announce(search: Search, session: Session, resumed: bool):
     announce(f"expand {config.model or 'a model from Python'}", config, data, session, search.display)
     say(f"wanted: the smallest depth that reaches {need:g} % on validation{cap} "
         f"(target {config.search.target_accuracy:g} %, tolerance {config.search.tolerance:g})")
+    if config.search.strategy != "linear":
+        say(f"strategy {in_words(config.search.strategy, config.search.workers, config.run.threads)}")
     say(f"run folder: {search.folder.path}")
     if resumed:
-        where = f"in phase {state.phase.replace('_', '-')}" + (f" at depth {state.depth}" if state.depth else "")
+        where = f"in phase {state.phase.replace('_', '-')}" + _place(state)
         place = {"phase": state.phase, "depth": state.depth}
         announce_resumption(where, place, state.training, search.folder, search.display)
         return
@@ -158,15 +181,16 @@ def _announce(search: Search, session: Session, resumed: bool):
 
 def _estimate(config: ExpandConfig, rows: list[dict], depths: list[dict]) -> str:
     """How long the search may take, from the estimated time of an epoch at every depth."""
-    seconds = [row["seconds_per_epoch"] for row in depths]
+    seconds = {row["depth"]: row["seconds_per_epoch"] for row in depths}
+    most = partial(longest, config.search.strategy, workers=config.search.workers or 1)
     warm_up = f"estimated: warm-up {duration(config.training.warm_up_epochs * rows[-1]['seconds_per_epoch'])}"
     if config.search.epochs_per_depth:
-        longest = sum(epochs * each for epochs, each in zip(config.search.epochs_per_depth, seconds))
-        return f"{warm_up}, search at most {duration(longest)}"
+        given = dict(zip(seconds, config.search.epochs_per_depth))
+        return f"{warm_up}, search at most {duration(most({depth: given[depth] * seconds[depth] for depth in given}))}"
     if config.search.epochs_cap:
-        longest = config.search.epochs_cap * sum(seconds)
-        return f"{warm_up}, search at most {duration(longest)} over all depths, then fine-tuning until it converges"
-    return (f"{warm_up}; a depth trains until 23 epochs bring no improvement, at least {duration(24 * seconds[0])} "
+        whole = duration(config.search.epochs_cap * most(seconds))
+        return f"{warm_up}, search at most {whole} over all depths, then fine-tuning until it converges"
+    return (f"{warm_up}; a depth trains until 23 epochs bring no improvement, at least {duration(24 * seconds[depths[0]['depth']])} "
             f"at depth {depths[0]['depth']}")
 
 

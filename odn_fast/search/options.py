@@ -62,10 +62,19 @@ EXPAND = [
     Option("--epochs-cap", "search.epochs_cap", int, "N", "most epochs per depth while searching (fine-tuning is not bound)"),
     Option("--epochs-per-depth", "search.epochs_per_depth", lambda text: [int(part) for part in text.split(",")], "N,N,..",
            "exact epochs for the first, second, ... depth in place of the stopping rule, without fine-tuning"),
+    Option("--strategy", "search.strategy", str, "NAME",
+           "in which order depths are trained, each from the same warmed-up weights. linear: from shallow to deep, until one passes. "
+           "parallel: the same with several depths at once; one that passes ends the deeper ones. The same network, sooner where cores "
+           "or a GPU would be idle; work on deeper depths is lost when a shallow one passes. bisect: the middle of the depths that are "
+           "left, again and again. About log2 as many trainings; linear's answer only if accuracy grows with depth; networks and "
+           "accuracies of the depths it trained, no others"),
+    Option("--workers", "search.workers", int, "N",
+           "depths that --strategy parallel trains at once, in one process, each with its own --threads (default: as many as there "
+           "are cores for, at most the number of depths, on a GPU at most 4)"),
     Option("--warm-up-epochs", "training.warm_up_epochs", int, "N", "epochs of training all depths at once; 0 for none"),
     Option("--batch-size", "training.batch_size", int, "N", "images per step"),
     Option("--lr", "training.lr", float, "RATE", "learning rate at the initial depth"),
-    *_run_options(),
+    *_run_options("; with --strategy parallel, cores / workers. Bits depend on it, so warm-up and fine-tuning take as many"),
     Option("--baseline", "search.baseline", str, "WHICH", "none or full: train the full depth too, to compare accuracy"),
 ]
 GROW = [

@@ -1,8 +1,12 @@
-"""The phases of a depth search: warm-up, search, fine-tuning, baseline, and what each of them leaves."""
+"""The phases around a depth search (warm-up, fine-tuning, baseline), and what training at a depth takes and leaves.
+
+The search itself is in depths.py.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -18,7 +22,7 @@ from .display import Display, Silent
 from .lifecycle import conclude
 from .preview import depth_latencies
 from .recorder import Recorder
-from .state import RunState, training_to_dict
+from .state import RunState
 from .training import Plan, best_so_far, confusion_of, train
 
 
@@ -38,11 +42,16 @@ class Search:
 
     @property
     def last_depth(self) -> int:
-        settings = self.config.search
-        last = settings.max_depth or self.model.max_depth
-        if settings.epochs_per_depth:
-            last = min(last, settings.initial_depth + len(settings.epochs_per_depth) - 1)
-        return last
+        return last_depth(self.config, self.model.max_depth)
+
+
+def last_depth(config: ExpandConfig, max_depth: int) -> int:
+    """The deepest depth that the search of a model with `max_depth` depths may train."""
+    settings = config.search
+    last = settings.max_depth or max_depth
+    if settings.epochs_per_depth:
+        last = min(last, settings.initial_depth + len(settings.epochs_per_depth) - 1)
+    return last
 
 
 def warm_up(search: Search):
@@ -80,65 +89,17 @@ def warm_up_momentum(model: DepthNetwork) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def search_depths(search: Search):
-    """Train depth after depth from the warmed-up weights until one passes (section III-C)."""
-    state, settings = search.state, search.config.search
-    need = settings.target_accuracy - settings.tolerance
-    while True:
-        depth = state.depth
-        exactly = settings.epochs_per_depth[depth - settings.initial_depth] if settings.epochs_per_depth else None
-        rule = Convergence(digits=1, need=need, cap=settings.epochs_cap, exactly=exactly)
-        outcome = _train_depth(search, rule, _depth_lr(search, depth))
-        _finish_depth(search, outcome)
-        if rule.passed(state.training):
-            state.found, state.target_met = depth, True
-            break
-        if depth >= search.last_depth:
-            state.found = _best_depth(state.trained)
-            break
-        state.begin("search", depth + 1)
-    search.folder.event("chosen", depth=state.found, target_met=state.target_met)
-    search.display.message(f"depth {state.found} reaches the target" if state.target_met else
-                           f"no depth from {settings.initial_depth} to {search.last_depth} reached {need:g} %; the best, depth "
-                           f"{state.found}, is taken")
-    state.begin("fine_tune", state.found)
-
-
-def _best_depth(trained: list[dict]) -> int:
-    """The depth with the highest validation accuracy, the shallower of equals."""
-    usable = [entry for entry in trained if entry["best_accuracy"] is not None]
-    if not usable:
-        raise RunError("every depth diverged: start again with a smaller --lr")
-    return max(usable, key=lambda entry: (round(entry["best_accuracy"], 1), -entry["depth"]))["depth"]
-
-
-def _finish_depth(search: Search, outcome: str):
-    """Keep what a depth has come to: its training to go on from, its network as a by-product, its figures."""
-    state, training = search.state, search.state.training
-    network = search.model.at_depth(state.depth)
-    search.folder.save_state(f"depth-{state.depth:02}", {
-        "training": training_to_dict(training), "model": network.state_dict(), "optimizer": state.optimizer})
-    if training.best_weights is not None:
-        _save_network(search, f"depths/depth-{state.depth:02}", training.best_weights,
-                      {"validation_accuracy": training.best_accuracy, "test_accuracy": None})
-    state.trained.append(_record_end(search, outcome))
-    best = "none" if training.best_accuracy is None else f"{training.best_accuracy:.2f} %"
-    word = {"passed": "passes", "converged": "has converged", "cap": "stopped at the cap", "epochs": "has had its epochs",
-            "diverged": "diverged (the loss is not finite any more)"}[outcome]
-    search.display.message(f"depth {state.depth} {word} after {training.epoch} epochs: best validation accuracy {best}")
-
-
 def fine_tune(search: Search):
     """Go on at the found depth until it converges (section III-D), extract the best weights, read the test split once."""
     state = search.state
     if state.training is None:
-        _go_on_from(state, search.folder.load_state(f"depth-{state.depth:02}"))
+        state.go_on_from(search.folder.load_state(f"depth-{state.depth:02}"))
     if "found" not in state.readings:
         searched = next(entry["epochs"] for entry in state.trained if entry["depth"] == state.found)
         # With given epochs there is no fine-tuning: they are all there are.
         rule = Convergence(digits=2, exactly=searched if search.config.search.epochs_per_depth else None)
-        outcome = _train_depth(search, rule, state.training.lr)
-        _record_end(search, outcome)
+        outcome = train_depth(search, rule, state.training.lr)
+        record_end(search, outcome)
         if state.training.epoch > searched:
             search.display.message(f"fine-tuning took {state.training.epoch - searched} epochs ({outcome}): best validation "
                                    f"accuracy {state.training.best_accuracy:.2f} %")
@@ -156,10 +117,10 @@ def baseline(search: Search):
     if state.training is None:
         search.display.message(f"baseline: depth {state.depth}, trained until it converges")
         if any(entry["depth"] == state.depth for entry in state.trained):
-            _go_on_from(state, search.folder.load_state(f"depth-{state.depth:02}"))
+            state.go_on_from(search.folder.load_state(f"depth-{state.depth:02}"))
     if "baseline" not in state.readings:
-        outcome = _train_depth(search, Convergence(digits=2), _depth_lr(search, state.depth))
-        _record_end(search, outcome)
+        outcome = train_depth(search, Convergence(digits=2), depth_lr(search, state.depth))
+        record_end(search, outcome)
     if state.training.best_weights is None:
         search.display.warning("the baseline diverged (the loss is not finite any more); there is nothing to compare with")
     else:
@@ -167,17 +128,13 @@ def baseline(search: Search):
     _finish(search)
 
 
-def _record_end(search: Search, outcome: str) -> dict:
+def record_end(search: Search, outcome: str) -> dict:
     """Write the event of a training that has ended; returns its figures."""
     training = search.state.training
     entry = {"depth": search.state.depth, "outcome": outcome, "epochs": training.epoch, "best_accuracy": training.best_accuracy,
-             "best_epoch": training.best_epoch, "seconds": training.seconds}
+             "best_epoch": training.best_epoch, "seconds": training.seconds, "first_step_seconds": training.first_step_seconds}
     search.folder.event("depth", phase=search.state.phase, **entry)
     return entry
-
-
-def _go_on_from(state: RunState, saved: dict):
-    state.training, state.model, state.optimizer = Training(**saved["training"]), saved["model"], saved["optimizer"]
 
 
 def _read_and_save(search: Search, name: str, place: str):
@@ -196,11 +153,11 @@ def _read_and_save(search: Search, name: str, place: str):
         state.readings[name] = reading
         search.recorder.checkpoint()
     reading = state.readings[name]
-    _save_network(search, place, state.training.best_weights,
+    save_network(search, place, state.training.best_weights,
                   {key: reading[key] for key in ("validation_accuracy", "test_accuracy")})
 
 
-def _save_network(search: Search, place: str, weights: dict, accuracies: dict):
+def save_network(search: Search, place: str, weights: dict, accuracies: dict):
     """Write an artefact, with its size, work and latency in the manifest."""
     config, data, depth = search.config, search.data, search.state.depth
     network = _extracted(search, depth, weights)
@@ -228,12 +185,14 @@ def _finish(search: Search):
     seconds = search.recorder.seconds()
     latencies = depth_latencies(search.model, search.data.input_shape, search.config.run.device)
     trained = {entry["depth"]: entry for entry in state.trained}
+    cancelled = {entry["depth"]: entry for entry in state.cancelled}
     depths = []
     for depth, latency in enumerate(latencies, 1):
         entry, size = trained.get(depth, {}), profile(search.model, search.data.input_shape, depth)
+        ended = entry or cancelled.get(depth, {})
         depths.append({"depth": depth, "params": size.params, "state_bytes": size.state_bytes, "macs": size.macs, **latency,
                        "trained": bool(entry), "validation_accuracy": entry.get("best_accuracy"),
-                       **{key: entry.get(key) for key in ("outcome", "epochs", "seconds")}})
+                       **{key: ended.get(key) for key in ("outcome", "epochs", "seconds")}})
     found = state.readings["found"]
     state.readings["depths"] = {"rows": depths}
     search.folder.event(
@@ -246,8 +205,13 @@ def _finish(search: Search):
     search.folder.drop_states("depth-*")  # what fine-tuning might have gone on from; the networks are in depths/
 
 
-def _train_depth(search: Search, rule: Convergence, lr: float) -> str:
+def train_depth(search: Search, rule: Convergence, lr: float) -> str:
     """Train the depth that the state names, from the warmed-up weights or from where the state stands."""
+    return prepared_training(search, rule, lr)()
+
+
+def prepared_training(search: Search, rule: Convergence, lr: float) -> Callable[[], str]:
+    """What trains the depth that the state names. Networks are traced here, which no other thread may train beside."""
     if search.state.training is None:
         search.model.load_state_dict(search.folder.load_state("warm-up")["model"])
     network = search.model.at_depth(search.state.depth)
@@ -256,7 +220,7 @@ def _train_depth(search: Search, rule: Convergence, lr: float) -> str:
     def validate(after_batch) -> float:
         return accuracy(_confusion(search, folded.refresh(), search.data.validation, after_batch))
 
-    return _train(search, network, classification_loss, f"depth {search.state.depth}", rule, lr, validate)
+    return partial(_train, search, network, classification_loss, f"depth {search.state.depth}", rule, lr, validate)
 
 
 def _train(search: Search, network: nn.Module, loss, key: str, rule, lr: float, validate=None) -> str:
@@ -291,6 +255,6 @@ def _extracted(search: Search, depth: int, weights: dict) -> fx.GraphModule:
     return network.eval()
 
 
-def _depth_lr(search: Search, depth: int) -> float:
+def depth_lr(search: Search, depth: int) -> float:
     settings = search.config.training
     return settings.lr * (settings.deeper_lr_scale if depth > search.config.search.initial_depth else 1.0)

@@ -17,7 +17,9 @@ class RunState:
         phase: one of `PHASES`.
         depth: the depth under training.
         training: the training under way, with `model` and `optimizer`, the state dicts it goes on from.
-        trained: one entry per depth whose training has ended, in order, as the `depth` events say.
+        trained: one entry per depth whose training has ended, in order, as the `depth` events say, and whether it passed.
+        under_way: where several depths are trained at once: of each, copies of training, model and optimizer to go on from.
+        cancelled: one entry per depth that was given up because a shallower one had passed.
         found: the chosen depth; target_met: whether it passed.
         readings: of the found network and the baseline: accuracies, and the test split's confusion matrix, read once.
         seconds: time spent before this process.
@@ -29,6 +31,8 @@ class RunState:
     model: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
     trained: list[dict] = field(default_factory=list)
+    under_way: dict[int, dict[str, Any]] = field(default_factory=dict)
+    cancelled: list[dict] = field(default_factory=list)
     found: int | None = None
     target_met: bool = False
     readings: dict[str, dict] = field(default_factory=dict)
@@ -45,6 +49,20 @@ class RunState:
         self.phase, self.depth = phase, depth
         self.training = self.model = self.optimizer = None
         self.decided = time.perf_counter()
+
+    def go_on_from(self, saved: dict[str, Any]):
+        """Take up a training that `stored` gave: its training, model and optimizer."""
+        self.training, self.model, self.optimizer = Training(**saved["training"]), saved["model"], saved["optimizer"]
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The training of the present depth, to go on from."""
+        return {"training": training_to_dict(self.training), "model": self.model, "optimizer": self.optimizer}
+
+    @property
+    def ended(self) -> dict[int, bool]:
+        """Depths whose training has ended, and whether each passed."""
+        return {entry["depth"]: entry["passed"] for entry in self.trained}
 
     @property
     def baseline(self) -> dict | None:
