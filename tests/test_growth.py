@@ -1,6 +1,7 @@
 """Growth as a whole: small runs on digits, and on made-up images with a teacher from Python."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ def test_what_events_say(run):
     assert [event["event"] for event in events(run) if event["event"] not in ("epoch", "test_reading", "warning")] == [
         "start", "teacher", *["stage", "split"] * 3, "retrain", *["control"] * 3, "result"]
     stage, result = events(run, "stage")[0], events(run, "result")[0]
+    assert all(event["first_step_seconds"] > 0 for event in [*events(run, "stage"), *events(run, "retrain")])
     assert {"params", "flops", "validation_accuracy", "epochs", "seconds", "step_ms", "graph"} <= set(stage)
     assert {"q", "R", "R_zero", "relative", "mean_square", "teacher_mean_square", "entropy", "peak", "distinct", "dead", "S"} <= set(
         stage["nodes"][0])
@@ -182,6 +184,17 @@ def test_growth_runs_on_the_references_of_its_ops_too(tmp_path):
     assert plain.stages == fused.stages and plain.params == fused.params
     one, other = (events(result, "stage")[0] for result in (plain, fused))
     assert one["nodes"][0]["R"] == pytest.approx(other["nodes"][0]["R"], rel=1e-2)
+
+
+@pytest.mark.parametrize("settings, how", [
+    ({}, "computed once and kept"), ({"cache_gib": 0}, "computed at every step, because it would not fit into what is left of --cache-gib 0"),
+    ({"augment": "stages"}, "computed at every step, because images are augmented")])
+def test_how_every_map_is_had_is_said_once(tmp_path, capsys, settings, how):
+    result = small(tmp_path, progress=True, **settings)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher's map")]
+    wanted = dict.fromkeys(node["q"] for stage in events(result, "stage") for node in stage["nodes"])
+    assert len(wanted) > 1 and [re.sub(r"0\.\d MiB", "", line) for line in said] == [
+        f"teacher's map {q},  for all images: {how}" for q in wanted]
 
 
 @pytest.mark.parametrize("settings", [{"score": "random"}, {"score": "r"}, {"score": "relative", "c": 0.25}, {"augment": "both"},

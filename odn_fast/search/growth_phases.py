@@ -139,16 +139,25 @@ def _train_stage(growth: Growth, network: StudentNetwork, maps: TeacherMaps):
     def shown_alpha(training: Training) -> str:
         return f"alpha {alpha(training.epoch - (training.step == 0), epochs):.2f}"  # of the epoch that has just ended, at its end
 
-    refused = maps.want([node.q for node in network.graph.supervised])
-    if refused and settings.cache_gib and settings.augment not in ("stages", "both"):
-        growth.display.message(f"the teacher's map {refused[0]} does not fit into --cache-gib {settings.cache_gib:g} any more (it needs "
-                               f"{maps.bytes(refused[0]) / 2**30:.1f}), and is computed at every step")
+    _keep_maps(growth, network.graph, maps)
     loss = growth_loss(network.graph, maps, growth.data.train.labels, present, settings.standardize)
     outcome = _train(growth, network, f"stage {state.stage}", f"stage {state.stage} ({count(network.graph).params:,} parameters)",
                      SteppedEpochs(epochs, growth.config.training.lr), loss, growth.config.training,
                      augment=settings.augment in ("stages", "both"), goal=shown_alpha, before_epoch=set_alpha)
     if outcome == "diverged":
         raise RunError(f"stage {state.stage}: the loss is not finite any more; start again with a smaller --lr")
+
+
+def _keep_maps(growth: Growth, graph: StudentGraph, maps: TeacherMaps):
+    """Have the teacher's maps of a stage kept where there is room; says of every one that is new how it is had."""
+    settings, known = growth.config.growth, maps.kept
+    refused = maps.want([node.q for node in graph.supervised])
+    why = ("images are augmented" if settings.augment in ("stages", "both") else
+           f"it would not fit into what is left of --cache-gib {settings.cache_gib:g}")
+    for qs, how in (([q for q in maps.kept if q not in known], "computed once and kept"),
+                    (refused, f"computed at every step, because {why}")):
+        for q in qs:
+            growth.display.message(f"teacher's map {q}, {maps.bytes(q) / 2**20:,.1f} MiB for all images: {how}")
 
 
 def _measure_stage(growth: Growth, network: StudentNetwork) -> list[NodeMeasure]:
