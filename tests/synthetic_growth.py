@@ -67,6 +67,7 @@ class Growth:
                 *epochs("stage", number, [None] * stage_epochs, losses=2),
                 {"event": "stage", "stage": number, "graph": graph.to_dict(), "params": cost.params, "flops": cost.flops,
                  "validation_accuracy": reached, "epochs": stage_epochs, "seconds": 2.0 * stage_epochs, "step_ms": 8.5,
+                 "first_step_seconds": 0.02 * number,
                  "nodes": nodes},
                 *([{"event": "warning", "text": f"stage {number}: node 1 has collapsed"}] if collapsed else []),
                 {"event": "split", "stage": number, **split.to_dict(), "scores": values, "shares": shares(split_nodes)}]
@@ -74,7 +75,7 @@ class Growth:
         self.graph, self.number, cost = graph, number, count(graph)
         self.after = [*epochs("retrain", number, rising(final, retrain)),
                       {"event": "retrain", "outcome": "epochs", "retrain_from": "grown", "epochs": retrain, "best_accuracy": final,
-                       "best_epoch": retrain, "seconds": 2.0 * retrain}, *self._reading("student", tested, test)]
+                       "best_epoch": retrain, "seconds": 2.0 * retrain, "first_step_seconds": 0.25}, *self._reading("student", tested, test)]
         told = []
         for name, (seen, other) in controls.items():
             trained = retrain + (0 if name == "scratch" else number * stage_epochs)

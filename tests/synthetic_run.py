@@ -30,7 +30,8 @@ def epoch_events(phase: str, depth: int, accuracies: list, first: int = 1, exits
 def depth_event(phase: str, depth: int, outcome: str, accuracies: list) -> dict:
     best = max((accuracy for accuracy in accuracies if accuracy is not None), default=None)
     return {"event": "depth", "phase": phase, "depth": depth, "outcome": outcome, "epochs": len(accuracies),
-            "best_accuracy": best, "best_epoch": 1 + accuracies.index(best) if best is not None else 0, "seconds": 2.0 * len(accuracies)}
+            "best_accuracy": best, "best_epoch": 1 + accuracies.index(best) if best is not None else 0, "seconds": 2.0 * len(accuracies),
+            "first_step_seconds": 0.05 * depth}
 
 
 def start_event(train: int, validation: int, test: int | None, names: list[str], shape: tuple = (1, 8, 8), name: str = "digits",

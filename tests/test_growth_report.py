@@ -91,10 +91,11 @@ def test_controls_stand_beside_the_result(digits_page, tmp_path):
 
 def test_stages_and_splits(digits_page):
     assert digits_page.table("stage")[1:] == [
-        ["1", "5,843", "0.0238 M", "87.00 %", "6.0", "8.5", "1", "deepen edge 0 → 1: ×1 to ×4"],
-        ["2", "34,643", "0.14 M", "90.45 %", "6.0", "8.5", "1", "deepen edge 0 → 1: ×4 to ×7"],
-        ["3", "63,443", "0.25 M", "92.87 %", "6.0", "8.5", "1", "widen beside edge 0 → 1: new node 2 (q = 4)"],
-        ["4", "74,460", "0.32 M", "94.59 %", "6.0", "8.5", "1", "deepen edge 2 → 1: ×1 to ×2"]]
+        ["1", "5,843", "0.0238 M", "87.00 %", "6.0", "8.5", "20.0", "1", "deepen edge 0 → 1: ×1 to ×4"],
+        ["2", "34,643", "0.14 M", "90.45 %", "6.0", "8.5", "40.0", "1", "deepen edge 0 → 1: ×4 to ×7"],
+        ["3", "63,443", "0.25 M", "92.87 %", "6.0", "8.5", "60.0", "1", "widen beside edge 0 → 1: new node 2 (q = 4)"],
+        ["4", "74,460", "0.32 M", "94.59 %", "6.0", "8.5", "80.0", "1", "deepen edge 2 → 1: ×1 to ×2"]]
+    assert "Retraining: 250 ms." in digits_page.text and digits_page.table("stage")[0][6] == "first step ms"
     assert digits_page.table("node")[1:] == [
         ["0 (image)", "0", "1 × 8×8", "start", "–", "–"], ["2", "4", "32 × 4×4", "stage 3", "0 ×1", "0 (0.0 %)"],
         ["1 (final)", "9", "64 × 2×2", "start", "0 ×7, 2 ×2", "4 (100.0 %)"]]

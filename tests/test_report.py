@@ -146,13 +146,15 @@ def test_test_split_missing_or_read_twice_is_said(tmp_path):
 def test_table_of_depths(digits_page):
     table = digits_page.table("depth")
     assert table[0] == ["depth", "training", "validation", "parameters", "reduction", "MB", "multiply-adds",
-                        "latency ms (quartiles)", "reduction"]
+                        "latency ms (quartiles)", "reduction", "first step ms"]
     assert [row[0] for row in table[1:]] == ["1", "2 found", "3", "4", "5", "6", "7", "8"]
     assert digits_page.row("depth", "1") == ["1", "cap reached, 8 epochs", "96.30 %", "20,000", "99.2 %", "0.08", "10.0 M",
-                                             "0.50 (0.45–0.60)", "87.5 %"]
-    assert digits_page.row("depth", "2 found")[1:3] == ["passed, 4 epochs", "98.67 %"]
+                                             "0.50 (0.45–0.60)", "87.5 %", "50.0"]
+    found = digits_page.row("depth", "2 found")
+    assert found[1:3] == ["passed, 4 epochs", "98.67 %"] and found[-1] == "100"
     assert digits_page.row("depth", "8") == ["8", "not trained", "–", "2,560,000", "–", "10.24", "80.0 M", "4.00 (3.60–4.80)",
-                                             "–"]
+                                             "–", "–"]
+    assert "First step: from the decision for this network until its first training step had ended" in digits_page.text
 
 
 def test_time_and_machine(digits_page):

@@ -8,7 +8,8 @@ from .page import (
 from .plots import interval
 from .run import Run
 from .sections import (
-    class_section, closing_notes, configuration, counted_right, model_usage, setting_table, split_note, test_card, time_table)
+    FIRST_STEP, class_section, closing_notes, configuration, counted_right, first_step, model_usage, setting_table, split_note, test_card,
+    time_table)
 
 _PHASES = {"warm_up": "warm-up", "search": "search", "fine_tune": "fine-tuning", "baseline": "baseline"}
 _OUTCOMES = {"passed": "passed", "converged": "converged", "cap": "cap reached", "epochs": "all its epochs done",
@@ -203,19 +204,25 @@ def _depth_table(run: Run) -> str:
         rows = rows[:-1]
     what = "accuracy, size and latency" if baseline else "size only"
     heads = ["depth", "training", "validation", *(["reduction (points)"] if baseline else []), "parameters", "reduction", "MB",
-             "multiply-adds", "latency ms (quartiles)", "reduction"]
+             "multiply-adds", "latency ms (quartiles)", "reduction", "first step ms"]
     marks = ["found" if row["depth"] == _found(run) else "" if row["trained"] else "untrained" for row in rows]
-    lines = [_depth_cells(row, full, baseline) for row in rows]
+    lines = [[*_depth_cells(row, full, baseline), _first_step(run, row["depth"])] for row in rows]
     for line, mark in zip(lines, marks):
         line[0] += " found" if mark == "found" else ""
     if baseline:
         lines.append([str(baseline["depth"]), "baseline", f"{baseline['validation_accuracy']:.2f} %", "–",
-                      *_depth_cells(full, full, baseline)[4:]])
+                      *_depth_cells(full, full, baseline)[4:], _first_step(run, baseline["depth"])])
         marks.append("")
     tuned = " The found depth's accuracy is that of the extracted network." if run.result else ""
     return table(heads, lines, f"Reduction against full depth ({what}). Latency: median of one image, folded fp32, with "
-                               f"quartiles.{tuned}",
+                               f"quartiles.{tuned} {FIRST_STEP}",
                  "ww" + "n" * (len(heads) - 2), marks)
+
+
+def _first_step(run: Run, depth: int) -> str:
+    """Of a depth's training from warmed-up weights; fine-tuning goes on with that training."""
+    seconds = [event["first_step_seconds"] for event in run.events["depth"] if event["depth"] == depth]
+    return first_step(seconds[0] if seconds else None)
 
 
 def _depth_cells(row: dict, full: dict, baseline: dict | None) -> list[str]:

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from .page import counted, escaped, figures, foldable, listed, page, plot, resume_lead, share, table
 from .plots import BLUE, GREEN, GREY, INK, ORANGE, rendered
 from .run import Run
-from .sections import configuration, setting_table, time_table
+from .sections import FIRST_STEP, configuration, first_step, setting_table, time_table
 
 _PHASES = {"teacher": "teacher", "stage": "stages", "retrain": "retraining", "control": "controls"}
 _CONTROLS = {"random": "neurons of the teacher drawn at random, the same share of every layer, as many as the student's size holds",
@@ -172,9 +172,10 @@ def _stage_table(run: Run) -> str:
         what = f"layer {widened['layer'] + 1} by {widened['by']}" if widened else "–"
         cells = [f"{each['R']:.3g} ({each['width']})" for each in stage["layers"]]
         lines.append([str(stage["stage"]), f"{stage['params']:,}", f"{100 * stage['share']:.1f} %", f"{stage['validation_psnr']:.2f}",
-                      *cells, what])
-    body = table(["stage", "parameters", "share", "validation dB", *(f"R layer {layer + 1} (width)" for layer in layers), "then grows"],
-                 lines, "After every stage.", "n" * (4 + len(layers)) + "w")
+                      *cells, what, first_step(stage["first_step_seconds"])])
+    body = table(["stage", "parameters", "share", "validation dB", *(f"R layer {layer + 1} (width)" for layer in layers), "then grows",
+                  "first step ms"],
+                 lines, f"After every stage. {FIRST_STEP}", "n" * (4 + len(layers)) + "wn")
     dead = sorted({each["layer"] + 1 for stage in stages[-1:] for each in stage["layers"] if each["dead"]})
     said = f"<p class='caption'>Neurons that are zero everywhere after the last stage: in {listed(dead, 'layer')}.</p>" if dead else ""
     return foldable(body, "R of every layer, stage by stage", len(lines)) + said

@@ -7,6 +7,7 @@ from ..engine.node_measures import NodeMeasure
 from ..models.student_graph import StudentGraph
 from .page import counted, listed, millions, share, table
 from .run import Run
+from .sections import FIRST_STEP, first_step
 
 
 def collapses(stages: Sequence[dict]) -> dict[int, list[int]]:
@@ -57,10 +58,12 @@ def stage_table(run: Run, graphs: Sequence[StudentGraph]) -> str:
     for stage, graph in zip(run.events["stage"], graphs):
         split = splits.get(stage["stage"])
         lines.append([str(stage["stage"]), f"{stage['params']:,}", millions(stage["flops"]), f"{stage['validation_accuracy']:.2f} %",
-                      f"{stage['seconds']:,.1f}", f"{stage['step_ms']:.1f}", str(split["node"]) if split else "–",
-                      split_words(split, graph) if split else "–"])
-    return table(["stage", "parameters", "FLOPs", "validation", "seconds", "ms a step", "node split", "split"], lines,
-                 "After every stage; the split makes the graph of the next.", "nnnnnnnl")
+                      f"{stage['seconds']:,.1f}", f"{stage['step_ms']:.1f}", first_step(stage["first_step_seconds"]),
+                      str(split["node"]) if split else "–", split_words(split, graph) if split else "–"])
+    retrained = run.last("retrain")
+    said = f" Retraining: {first_step(retrained['first_step_seconds'])} ms." if retrained else ""
+    return table(["stage", "parameters", "FLOPs", "validation", "seconds", "ms a step", "first step ms", "node split", "split"], lines,
+                 f"After every stage; the split makes the graph of the next. {FIRST_STEP}{said}", "nnnnnnnnl")
 
 
 def score_table(run: Run, graphs: Sequence[StudentGraph]) -> str:

@@ -4,12 +4,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .page import counted, escaped, pair, plot, printable, table
+from .page import counted, escaped, milliseconds, pair, plot, printable, table
 from .plots import confusion_plot, interval, wilson
 from .run import Run
 
 _SMALL_TABLE, _WORST = 20, 10
 _CONFUSION_CAPTION = "Blue: right. Orange: wrong, on a scale of its own. Both by share of the true class's images."
+FIRST_STEP = ("First step: from the decision for this network until its first training step had ended, with all that is made anew "
+              "for it in between.")
 _USAGE = """python -m odn_fast.predict model IMAGE      # on the command line
 
 import odn_fast                             # in Python
@@ -68,6 +70,11 @@ def _class_table(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
         taken = f"{names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "–"
         lines.append([names[index], accuracy, f"{right[index]} of {totals[index]}", taken])
     return table(["class", "accuracy", "correct", "mostly taken for"], lines, caption, "lnnl")
+
+
+def first_step(seconds: float | None) -> str:
+    """What a first step took, in milliseconds; what was not measured, where a run was resumed at this very place, is a dash."""
+    return "–" if seconds is None else milliseconds(1e3 * seconds)
 
 
 def model_usage() -> tuple[str, str]:
