@@ -14,7 +14,7 @@ from odn_fast.engine import Interrupted, accuracy, confusion
 from odn_fast.export import ModelError
 from odn_fast.record import RunError, RunFolder
 from odn_fast.search import expand, resume
-from odn_fast.search.phases import _best_depth
+from odn_fast.search.depths import best_depth
 from odn_fast.search.recorder import Recorder
 
 
@@ -55,6 +55,9 @@ def test_the_first_depth_that_passes_is_taken(met):
     assert met.target_met and met.depth == searched[-1]["depth"] and searched[-1]["outcome"] == "passed"
     assert [event["depth"] for event in searched] == list(range(1, met.depth + 1))
     assert all(event["outcome"] == "cap" for event in searched[:-1])
+    assert all(0 < event["first_step_seconds"] < events(met, "result")[0]["seconds"] for event in searched)
+    assert [event["first_step_seconds"] for event in events(met, "depth") if event["phase"] == "fine_tune"] == [
+        searched[-1]["first_step_seconds"]]  # it goes on with the same training
     passing = [event for event in events(met, "epoch") if event["phase"] == "search" and event["depth"] == met.depth]
     assert all(round(event["validation_accuracy"], 1) < 90 for event in passing[:-1])
 
@@ -84,9 +87,9 @@ def test_no_depth_passes(missed):
 def test_the_shallower_of_equals_is_taken():
     entries = [{"depth": 1, "best_accuracy": 40.0}, {"depth": 2, "best_accuracy": 50.01}, {"depth": 3, "best_accuracy": 50.04},
                {"depth": 4, "best_accuracy": None}]
-    assert _best_depth(entries) == 2
+    assert best_depth(entries) == 2
     with pytest.raises(RunError, match="every depth diverged"):
-        _best_depth(entries[3:])
+        best_depth(entries[3:])
 
 
 def test_test_split_is_read_once_for_the_result_and_never_for_by_products(met, missed):
