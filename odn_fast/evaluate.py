@@ -206,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
                                                           "downloaded there (default: the run's own, else data)")
     parser.add_argument("--split", choices=SPLITS, help="which images (default: test; validation where there is no test split)")
     parser.add_argument("--batch-size", type=int, default=512, metavar="N", help="images at once (default: 512)")
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: as many as PyTorch takes, the number of cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: as many as PyTorch takes, the "
+                                                                     "number of cores)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: cpu)")
     return parser
 

@@ -43,7 +43,7 @@ class Growth:
                  extra: tuple = ()):
         controls = {name: (value, value) for name, value in KNOWN.items()} if controls is None else controls
         maps, names = cifar_maps(blocks, size), [str(digit) for digit in range(10)]
-        self.config = {"kind": "grow", "growth": {
+        self.config = {"kind": "grow", "teacher": {"train": teacher}, "growth": {
             "budget": budget if unit == "params" else None, "budget_flops": budget if unit == "flops" else None, "max_flops": max_flops,
             "stage_epochs": stage_epochs, "retrain_epochs": retrain, "retrain_from": "grown", "score": scores, "c": 0.5, "skip": skip,
             "width": 1.0, "standardize": not collapsed, "controls": list(controls)}}

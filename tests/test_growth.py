@@ -187,7 +187,8 @@ def test_growth_runs_on_the_references_of_its_ops_too(tmp_path):
 
 
 @pytest.mark.parametrize("settings, how", [
-    ({}, "computed once and kept"), ({"cache_gib": 0}, "computed at every step, because it would not fit into what is left of --cache-gib 0"),
+    ({}, "computed once and kept"),
+    ({"cache_gib": 0}, "computed at every step, because it would not fit into what is left of --cache-gib 0"),
     ({"augment": "stages"}, "computed at every step, because images are augmented")])
 def test_how_every_map_is_had_is_said_once(tmp_path, capsys, settings, how):
     result = small(tmp_path, progress=True, **settings)

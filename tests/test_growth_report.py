@@ -173,6 +173,16 @@ def test_plots_name_what_they_show(digits_page):
     assert {"stage 1", "stage 4", "retraining", "best 98.67 %", "control: labels", "training loss"} <= set(curves)
 
 
+def test_a_teacher_from_elsewhere_far_above_its_student(tmp_path):
+    """Its line would squeeze the student's points together; and the images of validation may be those it was trained on."""
+    run = Growth(start=34.0, final=57.0, tested=55.0, controls={"labels": (56.0, 54.0)})
+    run.config["teacher"]["train"] = None
+    shown = page(run.write(tmp_path))
+    accuracies = figure(shown, "Validation accuracy against parameters")
+    assert {"40", "50", "far above"} <= set(accuracies) and not {"90", "98"} & set(accuracies)
+    assert "9 maps, 98.3 % on validation, whose images it may have been trained on." in shown.text
+
+
 def test_graphs_are_those_of_the_stages_and_the_last_split(tmp_path):
     run = cifar(stop_after=9)
     found = graphs(read_run(run.write(tmp_path / "whole")))

@@ -173,7 +173,8 @@ def test_no_policy_exceeds_its_limits_or_ends_far_from_the_budget(seed):
     shapes, c = maps(3), draw.choice((0.25, 0.5, 0.75))
     graph = initial_graph((3, 32, 32), shapes, 10, skip=draw.choice(("auto", "always")))
     first = count(graph)
-    limits = draw.choice((Limits("params", draw.randrange(first.params, 250_000), draw.choice((None, draw.randrange(first.flops, 20_000_000)))),
+    cap = draw.choice((None, draw.randrange(first.flops, 20_000_000)))
+    limits = draw.choice((Limits("params", draw.randrange(first.params, 250_000), cap),
                           Limits("flops", draw.randrange(first.flops, 40_000_000))))
     while can_grow(graph, shapes, limits, c):
         graph = choose_split(graph, {node.id: draw.random() for node in graph.supervised}, shapes, limits, c).graph

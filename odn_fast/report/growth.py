@@ -136,7 +136,8 @@ def _teacher_notes(run: Run) -> Iterable[str]:
     teacher = run.last("teacher")
     if teacher:
         yield (f"Teacher: {teacher['name']}, {teacher['params']:,} parameters, {millions(teacher['flops'])} FLOPs, "
-               f"{len(teacher['maps'])} maps, {percent(round(teacher['validation_accuracy'], 2))} on validation.")
+               f"{len(teacher['maps'])} maps, {percent(round(teacher['validation_accuracy'], 2))} on validation"
+               + ("." if run.config.get("teacher", {}).get("train") else ", whose images it may have been trained on."))
 
 
 def _limit_notes(run: Run) -> Iterable[str]:

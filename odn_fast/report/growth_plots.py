@@ -74,13 +74,23 @@ def accuracy_plot(stages: Sequence[dict], grown: dict | None, controls: Sequence
                       mec=CONTROLS.get(control["name"], ORANGE), mew=1.6, ms=7, zorder=7, transform=beside, clip_on=False,
                       label=f"control: {control['name']}")
         if teacher and teacher["validation_accuracy"] is not None:
-            draw_lines(axes, scale, [("teacher", round(teacher["validation_accuracy"], 2), "--", "center")])
+            _teacher_line(axes, scale, round(teacher["validation_accuracy"], 2))
         scale.finish()
         axes.set_xlabel("parameters")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.set_xlim(0, 1.1 * max(entry["params"] for entry in (*seen, *([grown] if grown else ()))))
         axes.legend(loc="lower right", frameon=False, fontsize=9)
     return rendered("accuracy", (8.4, 4.2), "Validation accuracy against parameters, after every stage and at the end", draw)
+
+
+def _teacher_line(axes, scale, accuracy):
+    """A line at the teacher's accuracy; only a note where it lies so far above that all else would be squeezed below it."""
+    low, high = min(scale.placed), max(scale.placed)
+    if scale.height(accuracy) - high <= max(1.5 * (high - low), 0.5):
+        draw_lines(axes, scale, [("teacher", accuracy, "--", "center")])
+    else:
+        axes.text(1.01, 1, f"teacher\n{accuracy:g} %,\nfar above", transform=axes.transAxes, va="top", color=GREEN, fontsize=9,
+                  linespacing=0.95)
 
 
 def _whisker(axes, scale, place, accuracy, images, colour):

@@ -77,7 +77,8 @@ def prepare_teacher(growth: Growth):
                      "maps": [list(shape) for shape in teacher.map_shapes], "validation_accuracy": reached,
                      "seconds": state.training.seconds if state.training else 0.0}
     growth.folder.event("teacher", **state.teacher)
-    growth.display.message(f"teacher {teacher.name}: {reached:.2f} % on validation, {teacher.params:,} parameters, "
+    seen = "" if settings.train is not None else " (it may have been trained on these images)"
+    growth.display.message(f"teacher {teacher.name}: {reached:.2f} % on validation{seen}, {teacher.params:,} parameters, "
                            f"{teacher.flops / 1e6:.2f} M FLOPs, {len(teacher.map_shapes)} maps")
     state.begin_stage(growth.first, None)
     growth.recorder.checkpoint()
