@@ -53,6 +53,13 @@ class StoppingRule(Protocol):
         """After how many epochs training ends at the latest, where that is known."""
 
 
+def _after(epochs: int, training: Training) -> str | None:
+    """The outcome of a training of so many epochs, or None while it goes on."""
+    if training.diverged:
+        return "diverged"
+    return "epochs" if training.epoch >= epochs else None
+
+
 @dataclass(frozen=True)
 class CosineEpochs:
     """A fixed number of epochs, the learning rate annealed by half a cosine, once an epoch (warm-up)."""
@@ -67,9 +74,7 @@ class CosineEpochs:
         return False
 
     def finished(self, training: Training) -> str | None:
-        if training.diverged:
-            return "diverged"
-        return "epochs" if training.epoch >= self.epochs else None
+        return _after(self.epochs, training)
 
     @property
     def most_epochs(self) -> int:
@@ -98,9 +103,7 @@ class SteppedEpochs:
         return True
 
     def finished(self, training: Training) -> str | None:
-        if training.diverged:
-            return "diverged"
-        return "epochs" if training.epoch >= self.epochs else None
+        return _after(self.epochs, training)
 
     @property
     def most_epochs(self) -> int:
@@ -150,10 +153,10 @@ class Convergence:
         return round(training.best_accuracy, self.digits) >= self.need - 1e-9
 
     def finished(self, training: Training) -> str | None:
+        if self.exactly is not None:
+            return _after(self.exactly, training)
         if training.diverged:
             return "diverged"
-        if self.exactly is not None:
-            return "epochs" if training.epoch >= self.exactly else None
         if self.passed(training):
             return "passed"
         if training.counter >= self.patience:
