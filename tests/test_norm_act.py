@@ -254,7 +254,7 @@ class Mixed(nn.Module):
         super().__init__()
         self.block = BasicBlock(2, 8, 2)
         self.unit = ResidualSeparableUnit(8, 4, 2)
-        self.twice = nn.BatchNorm2d(4)
+        self.twice = nn.BatchNorm2d(4, momentum=None)
         self.classifier = nn.Linear(4, 5)
         self.block.bn1.momentum, self.block.bn2.momentum, self.unit.first.bn.momentum = 0.4686, None, None
 
@@ -316,3 +316,34 @@ def test_deferring_takes_three_calls_for_all_layers():
         network(torch.randn(4, 2, 8, 8, dtype=torch.float64))
         before = len(ops.called)
     assert ops.called[before:] == ["aten._foreach_add_.Scalar", "aten._foreach_mul.ScalarList", "aten._foreach_lerp_.ScalarList"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_statistics_are_the_same_at_once_deferred_and_captured():
+    with torch.device("cuda"):
+        x = torch.randn(8, 6, 5, 3).contiguous(memory_format=torch.channels_last)
+        layers = nn.ModuleList([nn.BatchNorm2d(6, momentum=momentum) for momentum in (0.1, 0.5)])
+
+    def step(function, first, second):
+        y = function(first, x, F.relu, None)
+        function(first, function(second, y, F.relu, lambda: x), None, lambda: y)
+
+    def deferred_step(*norms):
+        with deferred_statistics():
+            step(norm_act, *norms)
+
+    unfused, at_once, deferred, captured, first = (copy.deepcopy(layers) for _ in range(5))
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        deferred_step(*first)  # kernels are compiled before a capture
+        with torch.cuda.graph(graph):
+            deferred_step(*captured)
+        for _ in range(3):
+            step(plain, *unfused)
+            step(norm_act, *at_once)
+            deferred_step(*deferred)
+            graph.replay()
+    check_equal(at_once.state_dict(), unfused.state_dict(), 1e-5)
+    check_equal(deferred.state_dict(), at_once.state_dict(), 0)
+    check_equal(captured.state_dict(), at_once.state_dict(), 0)
+    assert captured[0].num_batches_tracked == 6
