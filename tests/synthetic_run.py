@@ -92,10 +92,10 @@ class Synthetic:
         for depth in range(1, depths + 1):
             outcome, accuracies = searched.get(depth, (None, []))
             best = max((accuracy for accuracy in accuracies if accuracy is not None), default=None)
-            trained = depth in searched
+            begun, trained = depth in searched, depth in searched and outcome != "cancelled"
             rows.append(sizes(depth, growth) | {
-                "trained": trained, "outcome": outcome, "validation_accuracy": best,
-                "epochs": len(accuracies) if trained else None, "seconds": 1.0 if trained else None})
+                "trained": trained, "outcome": outcome, "validation_accuracy": best if trained else None,
+                "epochs": len(accuracies) if begun else None, "seconds": 1.0 if begun else None})
         self.after += [*extra, {
             "event": "result", "depth": found, "max_depth": depths, "target_met": met, "target_accuracy": target,
             "tolerance": tolerance, "epochs_cap": cap, "validation_accuracy": final, "seconds": 1000.0, "depths": rows,

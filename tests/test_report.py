@@ -401,3 +401,39 @@ def test_number_formats():
     assert [reduction(value, 10_000) for value in (2500, 10_000, 12_000, 1)] == ["75.0 %", "0.0 %", "−20.0 %", "99.990 %"]
     assert compared(12, 10, "10 ms") == "20.0 % more than 10 ms at full depth"
     assert compared(2.5, 10, "10 ms") == "75.0 % (4.00×) less than 10 ms at full depth"
+
+
+def test_a_parallel_search_says_what_it_cancelled(tmp_path):
+    searched = {1: ("cap", [80.0, 88.0]), 3: ("cancelled", [70.0, 97.0]), 4: ("cancelled", []), 2: ("passed", [85.0, 98.3])}
+    run = digits(searched=searched, search={"strategy": "parallel", "workers": 3})
+    run.search.sort(key=lambda event: event.get("epoch", 9))  # epochs of the depths take turns
+    folder = run.write(tmp_path)
+    shown = page(folder)
+    assert ("Up to 3 depths were trained at once (--strategy parallel): the answer is that of training them one after another."
+            in shown.text)
+    assert ("Cancelled, since a shallower depth had passed: depth 3 after 2 epochs, with 97.0 % as its best so far; depth 4 after "
+            "0 epochs." in shown.text)
+    assert shown.row("depth", "3")[1:3] == ["cancelled, 2 epochs", "–"] and shown.row("depth", "5")[1] == "not trained"
+    assert shown.row("setting", "strategy")[1] == "parallel" and "Depths stand in their order" in shown.text
+    assert "Not tried" not in shown.text
+    curves = shown.raw.split("Learning curves</h2>")[1]
+    assert [text for text in texts_of(curves) if text in ("1", "2", "3")][:3] == ["1", "2", "3"]  # one part each, from left to right
+
+
+def test_time_spent_at_once_is_taken_off(tmp_path):
+    run = digits(search={"strategy": "parallel", "workers": 2})
+    run.after[-1]["seconds"] = 30.0
+    shown = page(run.write(tmp_path))
+    assert shown.row("phase", "done at the same time as others")[2] == "−6.0" and shown.row("phase", "all")[2] == "30.0"
+
+
+def test_a_bisection_says_what_it_assumes(tmp_path):
+    searched = {4: ("passed", [85.0, 98.3]), 2: ("cap", [80.0, 88.0]), 3: ("cap", [80.0, 90.0])}
+    shown = page(digits(searched=searched, found=4, search={"strategy": "bisect"}).write(tmp_path))
+    assert "finds the smallest depth that passes if accuracy grows with depth" in shown.text
+    assert "Not tried: depth 1. A smaller network might do if accuracy does not grow with depth." in shown.text
+    assert shown.row("setting", "strategy")[1] == "bisect"
+
+
+def test_linear_is_not_spoken_of(digits_page):
+    assert "strategy" not in digits_page.text.lower().replace("config.yaml", "")

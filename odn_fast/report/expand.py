@@ -13,7 +13,7 @@ from .sections import (
 
 _PHASES = {"warm_up": "warm-up", "search": "search", "fine_tune": "fine-tuning", "baseline": "baseline"}
 _OUTCOMES = {"passed": "passed", "converged": "converged", "cap": "cap reached", "epochs": "all its epochs done",
-             "diverged": "diverged", None: "unfinished"}
+             "diverged": "diverged", "cancelled": "cancelled", None: "unfinished"}
 _UNSTEADY = 1.5
 _OWN_MODEL = "a network given in Python"
 _SIZE_CAPTION = ("Bars: 95 % Wilson interval of the accuracy, quartiles of the latency. Marks on the axis, hollow points: depths "
@@ -66,8 +66,9 @@ def _so_far(run: Run, depth: int) -> dict:
               if event["depth"] == depth and event["phase"] in ("search", "fine_tune")]
     seen = [event["validation_accuracy"] for event in epochs if event["validation_accuracy"] is not None]
     ended = _search_outcome(run, depth)
-    return {"trained": bool(epochs), "validation_accuracy": max(seen, default=None), "epochs": len(epochs),
-            "outcome": ended["outcome"] if ended else None}
+    outcome = ended["outcome"] if ended else None
+    return {"trained": bool(epochs) and outcome != "cancelled", "epochs": len(epochs), "outcome": outcome,
+            "validation_accuracy": None if outcome == "cancelled" else max(seen, default=None)}
 
 
 def document(run: Run) -> str:
@@ -120,6 +121,7 @@ def _search_accuracy(run: Run) -> float:
 def notes(run: Run) -> list[str]:
     """What a reader should know before trusting the headline, one sentence or two each."""
     said = [*_target_notes(run), *_comparison_notes(run), *_latency_notes(run)] if run.result else []
+    said += _strategy_notes(run)
     said += [f"Depth {event['depth']} diverged ({_PHASES[event['phase']]}): its loss was not finite after "
              f"{counted(event['epochs'], 'epoch')}, and its training ended there."
              for event in run.events["depth"] if event["outcome"] == "diverged"]
@@ -153,7 +155,27 @@ def _target_notes(run: Run) -> Iterable[str]:
         yield f"The search was limited to depth {deepest} ({setting}); a deeper network might reach the target."
     untried = [row["depth"] for row in _depths(run) if not row["trained"] and row["depth"] < _found(run)]
     if untried:
-        yield f"Not tried: {listed(untried)}. A smaller network might do."
+        assumed = " if accuracy does not grow with depth" if _strategy(run) == "bisect" else ""
+        yield f"Not tried: {listed(untried)}. A smaller network might do{assumed}."
+
+
+def _strategy(run: Run) -> str:
+    return run.config["search"].get("strategy", "linear")
+
+
+def _strategy_notes(run: Run) -> Iterable[str]:
+    if _strategy(run) == "bisect":
+        yield ("Depths were chosen by bisection (--strategy bisect). It finds the smallest depth that passes if accuracy grows with depth: "
+               "if all depths deeper than one that passes would pass, too.")
+    if _strategy(run) == "parallel":
+        yield (f"Up to {counted(run.config['search']['workers'], 'depth')} were trained at once (--strategy parallel): the answer is that of "
+               "training them one after another.")
+    ended = [event for event in run.events["depth"] if event["outcome"] == "cancelled"]
+    if ended:
+        reached = "; ".join(f"depth {event['depth']} after {counted(event['epochs'], 'epoch')}"
+                            + ("" if event["best_accuracy"] is None else f", with {percent(event['best_accuracy'])} as its best so far")
+                            for event in sorted(ended, key=lambda event: event["depth"]))
+        yield f"Cancelled, since a shallower depth had passed: {reached}."
 
 
 def _comparison_notes(run: Run) -> Iterable[str]:
@@ -228,7 +250,8 @@ def _first_step(run: Run, depth: int) -> str:
 def _depth_cells(row: dict, full: dict, baseline: dict | None) -> list[str]:
     accuracy = row["validation_accuracy"]
     outcome = _OUTCOMES.get(row["outcome"], row["outcome"])
-    training = f"{outcome}, {counted(row['epochs'], 'epoch')}" if row["trained"] else "not trained"
+    begun = row["trained"] or row["outcome"] == "cancelled"
+    training = f"{outcome}, {counted(row['epochs'], 'epoch')}" if begun else "not trained"
     points = "–" if not baseline or accuracy is None else f"{baseline['validation_accuracy'] - accuracy:.2f}".replace("-", "−")
     latency, low, high = (milliseconds(row[key]) for key in ("latency_ms", "latency_low_ms", "latency_high_ms"))
     return [str(row["depth"]), training, "–" if accuracy is None else f"{accuracy:.2f} %", *([points] if baseline else []),
@@ -244,10 +267,16 @@ def _sections(run: Run) -> Iterable[tuple[str, str]]:
         svg = size_plot(rows, _found(run), result and result["baseline"], _target(run), _needed(run), run.images)
         yield "Accuracy, size and latency", plot(svg, _SIZE_CAPTION) + _depth_table(run)
     if epochs:
-        yield "Learning curves", plot(learning_curves(epochs, _found(run), _target(run), _needed(run), run.images), _CURVES_CAPTION)
+        order = list(_PHASES)
+        epochs = sorted(epochs, key=lambda epoch: (order.index(epoch["phase"]), epoch["depth"]))  # parallel ones are interleaved
+        said = "" if _strategy(run) == "linear" else " Depths stand in their order, not in that of training."
+        yield "Learning curves", plot(learning_curves(epochs, _found(run), _target(run), _needed(run), run.images), _CURVES_CAPTION + said)
     if result:
         yield class_section(result)
         yield model_usage()
     if start:
-        yield "What it took", time_table(run, _PHASES) + setting_table(start, [("network", start["model"] or _OWN_MODEL)])
+        first = [("network", start["model"] or _OWN_MODEL)]
+        if _strategy(run) != "linear":
+            first.append(("strategy", _strategy(run)))
+        yield "What it took", time_table(run, _PHASES) + setting_table(start, first)
     yield configuration(run)

@@ -92,9 +92,10 @@ def time_table(run: Run, phases: dict[str, str], things: str = "images") -> str:
             speeds = [event["images_per_second"] for event in epochs if event["images_per_second"] is not None]
             lines.append([name, str(len(epochs)), f"{seconds:,.1f}", f"{np.median(speeds):,.0f}" if speeds else "–"])
         total += seconds
-    if run.result and run.result["seconds"] >= total:
-        lines.append(["measuring, checking, saving", "", f"{run.result['seconds'] - total:,.1f}", ""])
-        total = run.result["seconds"]
+    if run.result:
+        rest, total = run.result["seconds"] - total, run.result["seconds"]
+        lines.append(["measuring, checking, saving", "", f"{rest:,.1f}", ""] if rest >= 0 else
+                     ["done at the same time as others", "", f"−{-rest:,.1f}", ""])
     lines.append(["all", str(len(run.events["epoch"])), f"{total:,.1f}", ""])
     return table(["phase", "epochs", "seconds", f"training {things}/s (median)"], lines, "Time by phase.", "wnnn")
 
