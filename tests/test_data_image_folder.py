@@ -157,24 +157,6 @@ def build_two_validations(root):
     return root
 
 
-def build_damaged_picture(root):
-    write_split(root, {"a": 5, "b": 5})
-    (root / "b" / "003.png").write_bytes((root / "b" / "003.png").read_bytes()[:200])
-    return root
-
-
-def build_text_picture(root):
-    write_split(root, {"a": 5, "b": 5})
-    (root / "a" / "page.jpg").write_text("<html>404</html>")
-    return root
-
-
-def build_broken_link(root):
-    write_split(root, {"a": 5, "b": 5})
-    os.symlink(root / "gone.png", root / "a" / "link.png")
-    return root
-
-
 def build_one_picture(root):
     write_split(root, {"a": 1})
     return root
@@ -197,9 +179,6 @@ def build_file(root):
         (build_other_classes, r"val: its classes differ .*\(b is in one only\)"),
         (build_fewer_classes, r"test: its classes differ .*\(b is in one only\)"),
         (build_two_validations, "both val and validation"),
-        (build_damaged_picture, "003.png"),
-        (build_text_picture, "page.jpg"),
-        (build_broken_link, "link.png"),
         (build_one_picture, "too few training images"),
         (build_file, "file: no such folder"),
     ],
@@ -216,12 +195,23 @@ def test_sizes_out_of_range_are_refused(tmp_path, size):
         load(f"imagefolder:{tmp_path}", image_size=size)
 
 
+def test_a_broken_link_and_a_page_are_damaged_pictures(tmp_path):
+    write_split(tmp_path, {"a": 5, "b": 5})
+    os.symlink(tmp_path / "gone.png", tmp_path / "a" / "link.png")
+    (tmp_path / "b" / "page.jpg").write_text("<html>404</html>")
+    with pytest.warns(UserWarning, match="link.png.*another picture of its class stands in for it"):
+        data = load(f"imagefolder:{tmp_path}", image_size=8)
+    assert {file.name for file in data.damage.found} == {"link.png", "page.jpg"} and len(data.train) + len(data.validation) == 12
+    with pytest.raises(DataError, match="(link.png|page.jpg).*corrupt_limit is 0"):
+        load(f"imagefolder:{tmp_path}", image_size=8, corrupt_limit=0)
+
+
 def test_what_cannot_be_held_is_refused_before_decoding(tmp_path, monkeypatch):
     write_split(tmp_path, {"a": 5, "b": 5})
     (tmp_path / "a" / "000.png").write_bytes(b"would fail if it were opened")
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1000}[name])
     with pytest.raises(DataError, match="smaller image_size"):
-        load(f"imagefolder:{tmp_path}")
+        load(f"imagefolder:{tmp_path}", loader="resident")
 
 
 @needs_official

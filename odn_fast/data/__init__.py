@@ -16,13 +16,14 @@ from .errors import DataError
 from .idx import FAMILIES, load_idx
 from .image import read_image
 from .image_folder import load_image_folder
+from .loading import LOADERS, arrays_with, training_batches
 from .svhn import load_svhn
 
 NAMES = ("mnist", "fashion-mnist", "emnist-letters", "cifar10", "cifar100", "svhn", "digits", "imagefolder:PATH", "npz:FILE")
 
 __all__ = [
-    "Batches", "DataError", "DataSet", "NAMES", "Normalisation", "Source", "Split",
-    "evaluation_batches", "from_arrays", "load", "read_image",
+    "Batches", "DataError", "DataSet", "LOADERS", "NAMES", "Normalisation", "Source", "Split",
+    "arrays_with", "evaluation_batches", "from_arrays", "load", "read_image", "training_batches",
 ]
 
 
@@ -35,13 +36,19 @@ def load(
     test_fraction: float | None = None,
     seed: int = 0,
     download: bool = True,
+    loader: str = "auto",
+    crop: str = "centre",
+    corrupt_limit: int = 10,
+    device: str = "cpu",
 ) -> DataSet:
     """The data set called `name`, one of `NAMES`.
 
     `data_dir` (default `./data`): where official files lie, in torchvision's layout; what is missing is
     downloaded there unless `download` is off. `image_size` (pixels) belongs to image folders,
     `val_fraction` and `test_fraction` to image folders and `npz` files without those splits; `seed`
-    decides who is held out (digits, image folders, `npz`), official splits are fixed.
+    decides who is held out (digits, image folders, `npz`), official splits are fixed. `loader`: one of `LOADERS`, auto
+    chooses for `device`. Of image folders, `crop` is centre or random, which training then cuts anew in every epoch, and
+    `corrupt_limit` the most damaged pictures that others stand in for.
     Raises `DataError` on an unknown name, an option that makes no sense for the set, or files that
     are missing or damaged.
     """
@@ -57,13 +64,19 @@ def load(
         if value is not None and option not in allowed:
             fixed = "images have one size" if option == "image_size" else "splits are fixed"
             raise DataError(f"{option} makes no sense for {name}: its {fixed}; leave the option out")
+    if loader not in LOADERS or crop not in ("centre", "random"):
+        raise DataError(f"loader is {loader!r} and crop {crop!r}; expected one of {', '.join(LOADERS)}, and centre or random")
+    if crop == "random" and kind != "imagefolder":
+        raise DataError(f"crop random makes no sense for {name}: its images have one size; leave the option out")
     directory = Path("data" if data_dir is None else data_dir).expanduser()
     if kind == "imagefolder":
-        return load_image_folder(path, image_size, val_fraction, test_fraction, seed)
+        return load_image_folder(path, image_size, val_fraction, test_fraction, seed, loader, crop == "random", corrupt_limit, device)
     if kind == "npz":
-        return load_npz(path, val_fraction, test_fraction, seed)
-    if kind in FAMILIES:
-        return load_idx(kind, directory, download)
-    if kind in EDITIONS:
-        return load_cifar(kind, directory, download)
-    return load_svhn(directory, download) if kind == "svhn" else load_digits(seed)
+        data = load_npz(path, val_fraction, test_fraction, seed)
+    elif kind in FAMILIES:
+        data = load_idx(kind, directory, download)
+    elif kind in EDITIONS:
+        data = load_cifar(kind, directory, download)
+    else:
+        data = load_svhn(directory, download) if kind == "svhn" else load_digits(seed)
+    return arrays_with(data, loader)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Iterator
+from typing import TYPE_CHECKING, Iterator
 
 import torch
 from torch import Tensor
 
 from .dataset import Normalisation, Split
 from .errors import DataError
+
+if TYPE_CHECKING:
+    from .pictures import Pictures
 
 PADDING = 4  # pixels of raw value 0 on each side, of which a random crop keeps the original size
 
@@ -79,7 +82,8 @@ class Batches(Source):
         self.check_start(start)
         device = self.split.labels.device
         order = torch.randperm(len(self.split), generator=keyed_generator(self.seed, key, epoch, device), device=device)
-        drawn = torch.tensor([keyed_number(self.seed, key), epoch], device=device)
+        numbers = (keyed_number(self.seed, key), epoch)  # filled in on the device: a copy would wait for it
+        drawn = torch.stack([torch.full((), number, device=device) for number in numbers])
         return ((order[first:end], drawn) for first, end in self.bounds[start:])
 
     def batch(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,11 +93,9 @@ class Batches(Source):
         return x, self.split.labels.index_select(0, positions)
 
 
-def evaluation_batches(split: Split, normalisation: Normalisation, batch_size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(split: Split | Pictures, normalisation: Normalisation, batch_size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, in order: (x (n, C, H, W) float32 channels_last, y (n,) int64)."""
-    for first in range(0, len(split), batch_size):
-        images = split.images[first : first + batch_size]
-        yield normalisation(images), split.labels[first : first + batch_size]
+    return ((normalisation(images), labels) for images, labels in split.in_order(batch_size))
 
 
 def batch_bounds(count: int, batch_size: int, drop_last: bool) -> list[tuple[int, int]]:

@@ -6,7 +6,9 @@ import functools
 import hashlib
 import math
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ from ..ops import augment, scale_and_shift
 from ..reference.augment import cropped, draw
 from .errors import DataError
 from .splitting import stratified_choice
+
+if TYPE_CHECKING:
+    from .damage import Damage
+    from .pictures import Pictures
 
 
 @dataclass(frozen=True)
@@ -101,72 +107,97 @@ class Split:
     def to(self, device: str) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.images.dtype
+
+    def relabelled(self, labels: Tensor) -> Split:
+        """The same images with other labels (N,) int64."""
+        return Split(self.images, labels)
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once, in order: (n, C, H, W) as they are and labels (n,)."""
+        return zip(self.images.split(batch_size), self.labels.split(batch_size))
+
+    def hash_into(self, digest: hashlib._Hash, name: str) -> None:
+        """What a checksum is made of: shapes, types and bytes of images and labels."""
+        for tensor in (self.images, self.labels):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            for part in tensor.split(4096):  # in parts: a slice that is not contiguous is copied
+                digest.update(part.cpu().contiguous().numpy())
+
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """A data set ready for training.
+    """A data set ready for training. A split that is not resident is a `Pictures`.
 
-    `augment`: random crop and flip belong to its training; `drop_last`: an incomplete last training
+    `loader`: resident, dali or torch, which makes the batches, and `loader_reason` why. `damage`: pictures that cannot
+    be read, where there are pictures. `augment`: random crop and flip belong to its training; `drop_last`: an incomplete last training
     batch is left out. Raises `DataError` unless training and validation hold images, every split
     has the same (C, H, W) and type, and every label lies in 0..num_classes-1.
     """
 
     name: str
-    train: Split
-    validation: Split
-    test: Split | None
+    train: Split | Pictures
+    validation: Split | Pictures
+    test: Split | Pictures | None
     class_names: tuple[str, ...]
     normalisation: Normalisation
     augment: bool
     drop_last: bool
+    loader: str = "resident"
+    loader_reason: str = "the images are in memory"
+    damage: Damage | None = None
 
     def __post_init__(self) -> None:
-        expected = self.train.images
+        expected = self.train
         for split_name, split in self.splits():
             where = f"{self.name}: {split_name} split"
             if len(split) == 0:
                 raise DataError(f"{where} is empty; it needs at least one image")
-            if split.images.shape[1:] != expected.shape[1:] or 0 in split.images.shape:
+            if split.image_shape != expected.image_shape or 0 in split.image_shape:
                 raise DataError(
-                    f"{where} has images of (C, H, W) = {tuple(split.images.shape[1:])}, the training split "
-                    f"{tuple(expected.shape[1:])}; all must be alike and none of the sizes 0"
+                    f"{where} has images of (C, H, W) = {split.image_shape}, the training split "
+                    f"{expected.image_shape}; all must be alike and none of the sizes 0"
                 )
-            if split.images.dtype != expected.dtype:
-                raise DataError(f"{where} is {split.images.dtype}, the training split {expected.dtype}; give all splits the same type")
+            if split.dtype != expected.dtype:
+                raise DataError(f"{where} is {split.dtype}, the training split {expected.dtype}; give all splits the same type")
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0 or high >= self.num_classes:
                 raise DataError(f"{where} has labels {low}..{high}, expected 0..{self.num_classes - 1}")
-        if len(self.normalisation.mean) != expected.shape[1]:
-            raise DataError(f"{self.name}: {expected.shape[1]} channels but normalisation for {len(self.normalisation.mean)}")
+        if len(self.normalisation.mean) != expected.image_shape[0]:
+            raise DataError(f"{self.name}: {expected.image_shape[0]} channels but normalisation for {len(self.normalisation.mean)}")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+        return self.train.image_shape
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
     def to(self, device: str) -> DataSet:
-        """The same set, resident on `device`."""
+        """The same set with its images resident on `device`, or decoded to it."""
         return replace(self, train=self.train.to(device), validation=self.validation.to(device),
                        test=self.test.to(device) if self.test is not None else None)
 
-    def splits(self) -> list[tuple[str, Split]]:
+    def splits(self) -> list[tuple[str, Split | Pictures]]:
         """(name, split) of every split there is: training, validation, and test where there is one."""
         named = [("training", self.train), ("validation", self.validation), ("test", self.test)]
         return [(name, split) for name, split in named if split is not None]
 
     def checksum(self) -> str:
-        """SHA-256, in hex, over shapes, types and bytes of all splits' images and labels."""
+        """SHA-256, in hex, over images and labels of all splits; of pictures that are not resident, over their files."""
         digest = hashlib.sha256()
         for name, split in self.splits():
-            for tensor in (split.images, split.labels):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                for part in tensor.split(4096):  # in parts: a slice that is not contiguous is copied
-                    digest.update(part.cpu().contiguous().numpy())
+            split.hash_into(digest, name)
         return digest.hexdigest()
 
     def limit_train(self, count: int, seed: int) -> DataSet:
@@ -188,12 +219,15 @@ def measured_normalisation(images: Tensor) -> Normalisation:
 
     Counted by grey level in integers, so the result does not depend on any order of summation.
     """
+    return normalisation_of_parts(images.split(4096))
+
+
+def normalisation_of_parts(parts: Iterable[Tensor]) -> Normalisation:
+    """The same of images that come in parts (n, C, H, W)."""
+    histograms = sum(torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in part.unbind(1)]) for part in parts)
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
-    for channel in range(images.shape[1]):
-        histogram = torch.zeros(256, dtype=torch.int64)
-        for part in images.split(4096):
-            histogram += torch.bincount(part[:, channel].flatten(), minlength=256)
+    for histogram in histograms:
         weights = histogram.double() / histogram.sum()
         mean = float((weights * levels).sum())
         means.append(mean)

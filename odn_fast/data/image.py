@@ -37,16 +37,25 @@ def read_pixels(path: Path, channels: int, height: int, width: int) -> np.ndarra
     """As `read_image`, in Pillow's layout: (height, width, channels) uint8."""
     if channels not in MODES:
         raise DataError(f"{path}: pictures are read with 1 or 3 channels, not {channels}")
+    image = read_picture(path, MODES[channels])
+    return np.array(fit(path, image, height, width)).reshape(height, width, channels)
+
+
+def read_picture(path: Path, mode: str) -> Picture:
+    """The whole picture in `path`, upright and opaque, in `mode`, L or RGB. Raises as `read_image`."""
     needs("PIL", "pillow", "reading pictures")
     from PIL import Image, ImageOps
 
     regular_file_size(path)
     with reading(path), Image.open(path, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{path}: {image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} million")
-        upright = ImageOps.exif_transpose(image)
-        fitted = fit(path, opaque(path, upright, MODES[channels]), height, width)
-        return np.array(fitted).reshape(height, width, channels)
+        check_pixels(path, image)
+        return opaque(path, ImageOps.exif_transpose(image), mode)
+
+
+def check_pixels(path: Path, image: Picture) -> None:
+    """Refuse what would take too much memory, by what a picture's header says."""
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{path}: {image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} million")
 
 
 def opaque(path: Path, image: Picture, mode: str) -> Picture:
@@ -72,11 +81,23 @@ def fit(path: Path, image: Picture, height: int, width: int) -> Picture:
 
     if image.size == (width, height):
         return image
-    if width * image.height >= height * image.width:
-        covering = width, max(height, width * image.height // image.width)
-    else:
-        covering = max(width, height * image.width // image.height), height
-    if covering[0] * covering[1] > MAX_PIXELS:
-        raise DataError(f"{path}: {image.width}x{image.height} pixels are too long and thin to be fitted to {width}x{height}")
-    left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
+    covering, left, top = covering_size(path, image.size, height, width)
     return image.resize(covering, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+
+
+def covering_size(path: Path, size: tuple[int, int], height: int, width: int) -> tuple[tuple[int, int], int, int]:
+    """(width, height) that a picture of `size` is resized to, and left and top of what is cut out of it then."""
+    if width * size[1] >= height * size[0]:
+        covering = width, max(height, width * size[1] // size[0])
+    else:
+        covering = max(width, height * size[0] // size[1]), height
+    if covering[0] * covering[1] > MAX_PIXELS:
+        raise DataError(f"{path}: {size[0]}x{size[1]} pixels are too long and thin to be fitted to {width}x{height}")
+    return covering, round((covering[0] - width) / 2), round((covering[1] - height) / 2)
+
+
+def cut(image: Picture, box: tuple[float, float, float, float], height: int, width: int) -> Picture:
+    """The part (left, top, right, bottom) of a picture, in its pixels, resized to (height, width): bilinear with antialias."""
+    from PIL import Image
+
+    return image.resize((width, height), Image.Resampling.BILINEAR, box=box)

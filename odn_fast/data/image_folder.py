@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .dataset import DataSet, Split, measured_normalisation
+from .damage import Damage
+from .dataset import DataSet, Normalisation, Split, measured_normalisation, normalisation_of_parts
 from .errors import DataError, reading
-from .image import SUFFIXES, read_pixels
+from .image import SUFFIXES
+from .loading import READERS, chosen_loader
+from .pictures import Pictures
 from .splitting import fill_missing_splits
+from .streaming import plain_reader
 
 DEFAULT_SIZE = 64
 LARGEST_SIZE = 4096
 SPLIT_FOLDERS = {  # in any case
     "train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
-MEMORY_SHARE = 0.8  # of the machine's memory, that pictures held as bytes may take
+MEASURED = 2_000  # pictures that decide the normalisation of a set that is not resident
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Listing:
 
 
 def load_image_folder(
-    path: str, image_size: int | None, val_fraction: float | None, test_fraction: float | None, seed: int
+    path: str, image_size: int | None, val_fraction: float | None, test_fraction: float | None, seed: int, loader: str = "auto",
+    random_crop: bool = False, corrupt_limit: int = 10, device: str = "cpu",
 ) -> DataSet:
     """Pictures below `path` as 3 x image_size x image_size uint8 (default 64), /255 and normalised by the training split.
 
@@ -42,8 +46,11 @@ def load_image_folder(
     the classes. A split without a folder is taken from training, stratified by `seed`: validation by
     `val_fraction` (default 0.1), test by `test_fraction` (default: there is none). Classes are the sorted
     names of the sub-folders, alike in every split; pictures in folders below a class belong to it; hidden
-    files are ignored, other files that are no pictures are ignored with a warning. Raises `DataError`
-    naming the folder or file: no classes, an empty class, a damaged picture, classes that differ.
+    files are ignored, other files that are no pictures are ignored with a warning. Up to `corrupt_limit` damaged
+    pictures are reported, and others of their class stand in for them. `loader`: resident, dali, torch, or auto,
+    which chooses for `device`. `random_crop`: training cuts random-resized crops, and flips them. Pictures that are not
+    resident are normalised by a sample of `MEASURED` of the training split. Raises `DataError` naming the folder or
+    file: no classes, an empty class, too many damaged pictures, classes that differ, a loader that cannot be.
     """
     root = Path(path).expanduser()
     size = DEFAULT_SIZE if image_size is None else image_size
@@ -53,12 +60,29 @@ def load_image_folder(
     class_names = sub_folders(folders["train"])
     listings = {split: list_pictures(folder, class_names, folders["train"]) for split, folder in folders.items()}
     listings = fill_missing_splits(listings, val_fraction, test_fraction, seed, str(root))
-    check_memory(root, sum(len(listing.files) for listing in listings.values()), size)
-    splits = {split: decode(listing, size) for split, listing in listings.items()}
+    count = sum(len(listing.files) for listing in listings.values())
+    loader, reason = chosen_loader(loader, str(root), count, size, random_crop, device)
+    damage = Damage(corrupt_limit)
+    splits: dict[str, Split | Pictures] = {
+        split: Pictures(listing.files, listing.labels, listing.labels, size, plain_reader, damage, root, random_crop)
+        for split, listing in listings.items()}
+    if loader == "resident":
+        splits = {split: pictures.resident() for split, pictures in splits.items()}
+        normalisation = measured_normalisation(splits["train"].images)
+    else:
+        normalisation = sampled_normalisation(splits["train"])
+        splits = {split: replace(pictures, reader=READERS[loader]) for split, pictures in splits.items()}
     return DataSet(
         name=f"imagefolder:{path}", train=splits["train"], validation=splits["validation"], test=splits.get("test"),
-        class_names=class_names, normalisation=measured_normalisation(splits["train"].images), augment=False, drop_last=False,
+        class_names=class_names, normalisation=normalisation, augment=random_crop, drop_last=False,
+        loader=loader, loader_reason=reason, damage=damage,
     )
+
+
+def sampled_normalisation(pictures: Pictures) -> Normalisation:
+    """That of at most `MEASURED` pictures, the same ones in every run and with every loader."""
+    chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:MEASURED].sort().values
+    return normalisation_of_parts(images for images, _ in pictures.at(chosen).in_order(64))
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -127,27 +151,3 @@ def files_below(folder: Path) -> list[Path]:
             seen.add(real)
             files += [Path(place, name) for name in file_names if not name.startswith(".")]
     return sorted(files)
-
-
-def check_memory(root: Path, count: int, size: int) -> None:
-    """Refuse, before decoding for an hour, what cannot be held: the pictures stay in memory as bytes."""
-    needed = count * 3 * size * size
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > MEMORY_SHARE * present:
-        raise DataError(
-            f"{root}: {count} pictures of {size}x{size} need {needed / 1e9:.1f} GB and this machine has "
-            f"{present / 1e9:.1f} GB; give a smaller image_size"
-        )
-
-
-def decode(listing: Listing, size: int) -> Split:
-    """Read every picture, several at a time: Pillow decodes outside Python's lock."""
-    images = torch.empty((len(listing.files), 3, size, size), dtype=torch.uint8)
-
-    def read(position: int) -> None:
-        images[position] = torch.from_numpy(read_pixels(listing.files[position], 3, size, size)).permute(2, 0, 1)
-
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as threads:
-        for _ in threads.map(read, range(len(listing.files))):
-            pass  # the first error, in order of the files, is raised here
-    return Split(images, listing.labels)
