@@ -179,6 +179,12 @@ def test_what_cannot_be_evaluated_is_one_line_and_status_2(run, pictures, tmp_pa
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ") and words in captured.err and not captured.out
 
 
+@pytest.mark.gpu
+def test_a_gpu_counts_the_same(run, capsys):
+    here, there = (evaluated(capsys, run[0], "--device", device)[0] for device in ("cpu", "cuda"))
+    assert abs(int(here[2].split("(")[1].split()[0]) - int(there[2].split("(")[1].split()[0])) <= 1  # two logits may all but agree
+
+
 def test_ctrl_c_is_no_traceback(run, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
