@@ -168,6 +168,7 @@ def test_time_and_machine(digits_page):
         "digits: 1,197 training, 300 validation and 300 test images of 1 × 8 × 8, 10 classes"
     assert "target_accuracy: 98.0" in digits_page.text  # the configuration
     assert 'odn_fast.load("model")' in digits_page.text and "python -m odn_fast.predict model IMAGE" in digits_page.text
+    assert "python -m odn_fast.evaluate model" in digits_page.text
 
 
 def test_unsteady_latency_is_said(tmp_path):

@@ -13,6 +13,7 @@ _CONFUSION_CAPTION = "Blue: right. Orange: wrong, on a scale of its own. Both by
 FIRST_STEP = ("First step: from the decision for this network until its first training step had ended, with all that is made anew "
               "for it in between.")
 _USAGE = """python -m odn_fast.predict model IMAGE      # on the command line
+python -m odn_fast.evaluate model           # its accuracy, on any split
 
 import odn_fast                             # in Python
 network = odn_fast.load("model")"""
