@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import harness
 import harness_cuda
+from authors import Single
 from odn_fast.ops import augment, scale_and_shift
 from odn_fast.reference.augment import draw
 
@@ -62,24 +63,6 @@ def plain(images, index, rows, columns, flips, scale, shift, padding, dtype):
     arithmetic = torch.promote_types(dtype, torch.float32)
     y = batch.to(arithmetic, memory_format=torch.channels_last)
     return (y * scale.to(arithmetic)[:, None, None] + shift.to(arithmetic)[:, None, None]).to(dtype)
-
-
-class Single(Dataset):
-    """One image at a time."""
-
-    def __init__(self, images, padding, flip, mean, std):
-        self.images, self.padding, self.flip = images, padding, flip
-        self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
-
-    def __getitem__(self, place):
-        x = self.images[place].float().div(255)
-        if self.padding:
-            height, width = x.shape[1:]
-            row, column = torch.randint(2 * self.padding + 1, (2,)).tolist()
-            x = F.pad(x, (self.padding,) * 4)[:, row : row + height, column : column + width]
-        if self.flip and torch.rand(()) < 0.5:
-            x = x.flip(2)
-        return (x - self.mean) / self.std
 
 
 class Workload:

@@ -11,6 +11,7 @@ import copy
 
 import pytest
 import torch
+from authors import warm_up_gradients
 from harness import measure, prepare, ratio, report, spread, table
 from torch import nn
 
@@ -26,13 +27,6 @@ def step(model, loss, precision):
     for parameter in model.parameters():
         parameter.grad = None
     value.backward()
-
-
-def authors_step(model, x, y):
-    for parameter in model.parameters():
-        parameter.grad = None
-    for depth in range(model.max_depth, 0, -1):
-        nn.functional.cross_entropy(model(x, depth), y).backward()
 
 
 def plain_loss(model, x, y):
@@ -66,7 +60,7 @@ def test_warm_up(precision):
     x = x_nchw.to(memory_format=torch.channels_last)
 
     truth, checked = copy.deepcopy(authors).double(), copy.deepcopy(model).double()
-    authors_step(truth, x_nchw[:16].double(), y[:16])
+    warm_up_gradients(truth, x_nchw[:16].double(), y[:16])
     step(checked, lambda network: network.exit_losses(x[:16].double(), y[:16])[0].sum(), "fp32")
     difference = largest_difference(checked, truth)
     assert difference < 1e-10, difference
@@ -79,7 +73,7 @@ def test_warm_up(precision):
     ours_error, plain_error = errors(model, truth, precision, x[:16], y[:16])
     assert ours_error <= 2 * plain_error, (ours_error, plain_error)
     close = measure(arms, repetitions=12, warm_up=2, patience=150)
-    distant = measure({"ours": arms["ours"], "authors": lambda: authors_step(authors, x_nchw, y)}, repetitions=8, warm_up=1)
+    distant = measure({"ours": arms["ours"], "authors": lambda: warm_up_gradients(authors, x_nchw, y)}, repetitions=8, warm_up=1)
     near, far = close.times, distant.times
     figures = {
         "ours_over_full_depth": ratio(near["ours"], near["full depth"]),

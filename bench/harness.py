@@ -5,6 +5,9 @@
         measured = measure({"eager": eager, "ours": ours})
         print(table(...)); report("something", {...})
 
+With ODN_FAST_BENCH_QUICK in the environment, to see whether a bench works at all, there are two repetitions and no report
+is written.
+
 A figure is a median of repetitions in which every arm runs once, in turn, so that a slow moment of the machine
 meets all arms. A ratio is the median of the ratios within repetitions. Repetitions during which other processes
 used the processor are measured again.
@@ -31,6 +34,7 @@ from odn_fast.engine.allocator import tune_allocator
 from odn_fast.machine import environment
 
 RESULTS = Path(__file__).with_name("results")
+QUICK = "ODN_FAST_BENCH_QUICK" in os.environ
 
 
 def prepare(threads: int | None = None) -> None:
@@ -79,6 +83,8 @@ def measure(
 ) -> Measurement:
     """Run all arms in turn, in rotating order, until `repetitions` were quiet or `patience` seconds have passed."""
     names = list(arms)
+    if QUICK:
+        repetitions, warm_up, patience = 2, 0, 0.0
     quiet, disturbed = [], []
     deadline = time.monotonic() + patience
     for repetition in itertools.count(-warm_up):
@@ -200,11 +206,12 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def report(bench: str, results: dict[str, object]) -> Path:
-    """Write bench/results/<bench>-<machine>-<date>.json and print its content as the last line."""
+    """Write bench/results/<bench>-<machine>-<date>.json, unless this is a quick run, and print its content as the last line."""
     line = {"bench": bench, "machine": machine(), **results}
     name = re.sub(r"[^a-z0-9]+", "-", f"{line['machine']['processor']} {os.cpu_count()} cores".lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{bench}-{name}-{line['machine']['date']}.json"
-    path.write_text(json.dumps(line, indent=1) + "\n")
+    if not QUICK:
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(line, indent=1) + "\n")
     print(json.dumps(line), flush=True)
     return path
