@@ -46,6 +46,9 @@ class DataConfig(_Section):
     val_fraction: Fraction | None = None
     test_fraction: Fraction | None = None
     limit_train: Count | None = None
+    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
+    crop: Literal["centre", "random"] = "centre"
+    corrupt_limit: Annotated[int, Field(ge=0)] = 10
 
 
 class SearchConfig(_Section):

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from . import data as data_sets
-from .config import ConfigError, ExpandConfig, absolute_paths, from_values, read_yaml
+from .config import ConfigError, DataConfig, ExpandConfig, absolute_paths, from_values, read_yaml
 from .data import DataSet, Normalisation, Split, evaluation_batches
 from .engine import accuracy, check_device, confusion, tune_allocator
 from .export import ModelError, describe, load, model_folder
@@ -100,12 +100,20 @@ def load_data(path: Path, dataset: str | None, data_dir: str | None) -> DataSet:
     given = config.data
     size = pixels if given.dataset.startswith("imagefolder:") else None
     data = data_sets.load(given.dataset, given.data_dir, image_size=size, val_fraction=given.val_fraction,
-                          test_fraction=given.test_fraction, seed=config.run.seed)
+                          test_fraction=given.test_fraction, seed=config.run.seed,
+                          loader=_loader(given), corrupt_limit=given.corrupt_limit)
     data = data.limit_train(given.limit_train, config.run.seed) if given.limit_train else data
     if own and data.checksum() != _manifest(path).get("data_checksum"):
         warnings.warn(f"{data.name}: is not the data set that the network was made with (its checksum differs): images it was trained "
                       "on may be in any split")
     return data
+
+
+def _loader(given: DataConfig) -> str:
+    """That of the run; in place of DALI, the plain reader, which needs nothing installed and reads the same files."""
+    if given.loader != "dali":
+        return given.loader
+    return "torch" if given.dataset.startswith("imagefolder:") else "resident"
 
 
 def run_config(path: Path) -> ExpandConfig | None:

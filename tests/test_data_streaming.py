@@ -37,6 +37,10 @@ def epoch(source, key="k", number=0, start=0):
     return [(x.clone(), y.clone()) for x, y in source.epoch(key, number, start)]
 
 
+def every(split, batch_size=8):
+    return torch.cat([images for images, _ in split.in_order(batch_size)])
+
+
 def same(first, second):
     return len(first) == len(second) and all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(first, second))
 
@@ -165,17 +169,16 @@ def test_it_reads_ahead_and_no_further(folder, monkeypatch):
 
 @pytest.mark.parametrize("loader", ["resident", "torch"])
 def test_damaged_pictures_are_named_and_stood_in_for(folder, loader):
-    expected = loaded(folder, loader)
+    expected = loaded(folder, "resident")
     cut_short(folder / "train" / "a" / "003.png")
     (folder / "val" / "b" / "002.png").write_text("<html>")
     with pytest.warns(UserWarning) as said:
         data = loaded(folder, loader)
-        found = torch.cat([images for images, _ in data.train.in_order(8)]), torch.cat([images for images, _ in data.validation.in_order(8)])
-        found_again = torch.cat([images for images, _ in data.train.in_order(5)])
+        found, again = (every(data.train), every(data.validation)), every(data.train, 5)
     assert [str(warning.message).split("; ")[1] for warning in said] == [
-        "another picture of its class stands in for it (1 of at most 10)", "another picture of its class stands in for it (2 of at most 10)"]
-    assert {file.name for file in data.damage.found} == {"003.png", "002.png"} and torch.equal(found[0], found_again)
-    train, validation = (torch.cat([images for images, _ in split.in_order(8)]) for split in (expected.train, expected.validation))
+        f"another picture of its class stands in for it ({number} of at most 10)" for number in (1, 2)]
+    assert {file.name for file in data.damage.found} == {"003.png", "002.png"} and torch.equal(found[0], again)
+    train, validation = every(expected.train).clone(), every(expected.validation).clone()
     train[3], validation[6] = train[4], validation[4]  # the next one of its class, and, from its end, the first
     assert torch.equal(found[0], train) and torch.equal(found[1], validation)
 

@@ -62,7 +62,7 @@ def chosen_loader(asked: str, where: str, pictures: int, size: int, random_crop:
     if random_crop:
         why = "random crops are cut from whole pictures"
     elif needed <= SHARE * memory:
-        return "resident", f"decoded pictures take {needed / 1e9:.2f} GB, at most {SHARE:.0%} of {whose} {memory / 1e9:.1f} GB"
+        return "resident", f"decoded pictures take {needed / 1e9:.2g} GB, at most {SHARE:.0%} of {whose} {memory / 1e9:.1f} GB"
     else:
         why = f"decoded pictures would take {needed / 1e9:.1f} GB, more than {SHARE:.0%} of {whose} {memory / 1e9:.1f} GB"
     try:

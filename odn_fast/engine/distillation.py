@@ -21,7 +21,7 @@ _BATCH = 256  # images that a teacher is given at once
 
 def numbered(split: Split) -> Split:
     """The same images with every one's position in the split for a label."""
-    return Split(split.images, torch.arange(len(split), device=split.images.device))
+    return split.relabelled(torch.arange(len(split), device=split.labels.device))
 
 
 class TeacherMaps:

@@ -21,8 +21,8 @@ from ..models import DepthNetwork
 from ..record import RunFolder
 from .display import Display, Silent
 from .lifecycle import (
-    Session, announce, announce_resumption, at_work, described, duration, from_settings, given_data, new_folder, record_start,
-    reopened, with_threads)
+    Session, announce, announce_resumption, at_hand, at_work, checksum_of, described, duration, from_settings, given_data, new_folder,
+    record_start, reopened, with_loader, with_threads)
 from .depths import search_depths
 from .phases import Search, baseline, fine_tune, last_depth, warm_up
 from .preview import depth_rows
@@ -33,7 +33,10 @@ from .strategies import in_words, longest, share_out
 
 @dataclass(frozen=True)
 class Result:
-    """What a search found. Accuracies are percent, of the folded fp32 network; `depths` has one entry per depth."""
+    """What a search found. Accuracies are percent, of the folded fp32 network.
+
+    `depths` has one entry per depth, with its size and latency; `outcome` says how its training ended, None without one.
+    """
 
     folder: Path
     depth: int
@@ -65,7 +68,7 @@ def expand(model: str | DepthNetwork = "resnet18", dataset: str | DataSet | None
         out: the run folder to make (default: a new one in `runs/`).
         progress: print what happens.
         settings: any setting of `ExpandConfig` by the last part of its name, such as `tolerance`, `epochs_cap`,
-            `batch_size`, `seed`, `threads`, `precision`, `val_fraction`.
+            `batch_size`, `seed`, `strategy`, `workers`, `threads`, `precision`, `val_fraction`.
 
     Raises:
         ConfigError, DataError, ValueError: something asked for cannot be; the message is one line.
@@ -93,8 +96,8 @@ def run_expansion(config: ExpandConfig, out: str | Path | None, *, model: DepthN
     check_device(config.run.device)
     model = copy.deepcopy(model) if model is not None else create_model(config, data)
     check_depths(config, model, data)
-    config = with_threads(_with_workers(config, model))
-    checksum = data.checksum()
+    config = with_loader(with_threads(_with_workers(config, model)), data)
+    checksum = checksum_of(data, display)
     folder = new_folder(out or default_folder("expand", config.data.dataset, config.model or "model"), to_yaml(config))
     return _run(config, model, data, checksum, folder, RunState(), display, resumed=False)
 
@@ -117,7 +120,8 @@ def _run(config: ExpandConfig, model: DepthNetwork, data: DataSet, checksum: str
          display: Display | Silent, resumed: bool) -> Result:
     with at_work(config, checksum, folder, state, display) as session:
         model.to(config.run.device, memory_format=torch.channels_last)
-        search = Search(config, model, data.to(config.run.device), checksum, folder, display, state, session.recorder, session.fit_config)
+        data = at_hand(data, config.run.device, folder, display)
+        search = Search(config, model, data, checksum, folder, display, state, session.recorder, session.fit_config)
         _phases(search, session, resumed)
         return _result(search)
 

@@ -22,8 +22,8 @@ from .growth_phases import Growth, grow_stages, prepare_teacher, restore_teacher
 from .growth_setup import check_teacher, create_teacher, first_student, limits_of, natural_width, teacher_checksum
 from .growth_state import GrowState
 from .lifecycle import (
-    Session, announce, announce_resumption, at_work, described, from_settings, given_data, new_folder, record_start, reopened,
-    with_threads)
+    Session, announce, announce_resumption, at_hand, at_work, checksum_of, described, from_settings, given_data, new_folder,
+    record_start, reopened, with_loader, with_threads)
 from .setup import default_folder, load_data
 
 
@@ -105,7 +105,7 @@ def run_growth(config: GrowConfig, out: str | Path | None, *, teacher: Teacher |
     if config.growth.width is None:
         config = from_values({"growth.width": natural_width(teacher)}, config.model_dump(), GrowConfig)
     first_student(config, teacher, data)
-    checksum = data.checksum()
+    config, checksum = with_loader(config, data), checksum_of(data, display)
     folder = new_folder(out or default_folder("grow", config.data.dataset, teacher.name.lower()), to_yaml(config))
     return _run(config, teacher, data, checksum, folder, GrowState(), display, resumed=False)
 
@@ -142,7 +142,8 @@ def _checksum(config: GrowConfig, teacher: Teacher) -> str | None:
 def _run(config: GrowConfig, teacher: Teacher, data: DataSet, checksum: str, folder: RunFolder, state: GrowState,
          display: Display | Silent, resumed: bool) -> GrowResult:
     with at_work(config, checksum, folder, state, display, teacher=_checksum(config, teacher)) as session:
-        growth = Growth(config, teacher, first_student(config, teacher, data), data.to(config.run.device), checksum, folder, display, state,
+        data = at_hand(data, config.run.device, folder, display)
+        growth = Growth(config, teacher, first_student(config, teacher, data), data, checksum, folder, display, state,
                         session.recorder, session.fit_config)
         _phases(growth, session, resumed)
         return _result(growth)

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import __version__, export
 from ..config import GrowConfig
-from ..data import Batches, DataSet, evaluation_batches
+from ..data import DataSet, Source, evaluation_batches, training_batches
 from ..data.batches import keyed_generator
 from ..engine import (
     CosineEpochs, FitConfig, Loss, NodeMeasure, SteppedEpochs, TeacherMaps, Training, accuracy, classification_loss, growth_loss,
@@ -369,10 +369,10 @@ def _train(growth: Growth, network: nn.Module, key: str, title: str, rule: Cosin
     return train(growth.state, growth.recorder, growth.fit_config, network, plan)
 
 
-def _batches(growth: Growth, augment: bool, positions: bool = True) -> Batches:
+def _batches(growth: Growth, augment: bool, positions: bool = True) -> Source:
     data = growth.data
-    return Batches(numbered(data.train) if positions else data.train, data.normalisation, growth.config.training.batch_size,
-                   growth.config.run.seed, augment=augment, drop_last=data.drop_last)
+    return training_batches(data, growth.config.training.batch_size, growth.config.run.seed, augment,
+                            numbered(data.train) if positions else data.train)
 
 
 def _network(growth: Growth, graph: StudentGraph, weights: dict | None) -> StudentNetwork:

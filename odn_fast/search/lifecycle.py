@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from .. import __version__, _extension
-from ..config import Config, ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig, absolute_paths, flat, from_values, read_yaml
-from ..data import DataSet, from_arrays
+from ..config import (
+    Config, ConfigError, DataConfig, ExpandConfig, GrowConfig, GrowViewsConfig, absolute_paths, flat, from_values, read_yaml)
+from ..data import DataSet, arrays_with, from_arrays
+from ..data.views import Scene
 from ..engine import FitConfig, Interrupted, Interrupts, Training, check_device, resolve_precision, tune_allocator
 from ..machine import environment
 from ..record import RunFolder
@@ -77,15 +79,45 @@ def given_data(dataset: DataSet | None, train, validation, test, class_names, va
         given = from_arrays(train, validation, test, class_names, seed=seed,
                             **({} if fraction is None else {"val_fraction": fraction}))
     if given is not None:
-        for name in ("image_size", "test_fraction"):
-            if values.get(f"data.{name}") is not None:
+        for name in ("image_size", "test_fraction", "crop", "corrupt_limit"):
+            default = getattr(DataConfig(), name)
+            if values.get(f"data.{name}", default) != default:
                 raise ConfigError(f"{name}: makes no sense for data from Python")
+        loader = values.get("data.loader", "auto")
+        if loader not in ("auto", given.loader):
+            if given.damage is not None:
+                raise ConfigError(f"loader: the data set has its own, {given.loader}; give it to odn_fast.data.load")
+            given = arrays_with(given, loader)
     return given.limit_train(limit, seed) if given is not None and limit else given
 
 
 def with_threads(config: Config) -> Config:
     """The configuration with the number of threads that it is to be resumed with."""
     return from_values({"run.threads": config.run.threads or torch.get_num_threads()}, config.model_dump(), type(config))
+
+
+def with_loader(config: Config, data: DataSet) -> Config:
+    """The configuration with the loader that it is to be resumed with."""
+    return from_values({"data.loader": data.loader}, config.model_dump(), type(config))
+
+
+def checksum_of(data: DataSet | Scene, display: Display | Silent) -> str:
+    """The data's checksum; where files have to be read for it, it is said before."""
+    if isinstance(data, DataSet) and data.damage is not None and data.loader != "resident":
+        count = sum(len(split) for _, split in data.splits())
+        display.message(f"checksum of the data: reading {count:,} picture files once")
+    return data.checksum()
+
+
+def at_hand(data: DataSet, device: str, folder: RunFolder, display: Display | Silent) -> DataSet:
+    """The data on the device where it is needed. Pictures found damaged from now on become events of the run."""
+    def tell(text: str):
+        display.warning(text)
+        folder.event("warning", text=text)
+
+    if data.damage is not None:
+        data.damage.tell = tell
+    return data.to(device)
 
 
 def new_folder(path: str | Path, config_text: str) -> RunFolder:
@@ -128,7 +160,7 @@ def reopened(path: str | Path, given: dict[str, Any], kind: type[Config], data: 
                               f"{saved['config'].get(name)} that the run was made with; put it back, or start a new run")
         place = {"data.data_dir": repeated["data.data_dir"]} if "data.data_dir" in given else {}
         data = data or load_data(from_values(place, config.model_dump(), kind))
-        checksum = data.checksum()
+        checksum = checksum_of(data, display)
         if saved and saved["data"] != checksum:
             raise ConfigError(f"resume {path}: the data set {config.data.dataset} is not the one the run was made with "
                               "(its checksum differs); put the files back, or start a new run")
@@ -184,6 +216,7 @@ def announce(title: str, config: ExpandConfig | GrowConfig, data: DataSet, sessi
     shape = "x".join(map(str, data.input_shape))
     display.message(f"odn_fast {__version__}: {title} on {data.name} ({len(data.train):,} training, {len(data.validation):,} "
                     f"validation, {test:,} test images of {shape}, {data.num_classes} classes)")
+    display.message(f"loader {data.loader}: {data.loader_reason}")
     announce_computing(config, session, display)
 
 
@@ -216,7 +249,8 @@ def described(data: DataSet, checksum: str) -> dict[str, Any]:
     """A data set of labelled images, as events have it."""
     return {"name": data.name, "checksum": checksum, "train": len(data.train), "validation": len(data.validation),
             "test": len(data.test) if data.test else None, "input_shape": list(data.input_shape),
-            "class_names": list(data.class_names)}
+            "class_names": list(data.class_names), "loader": data.loader, "loader_reason": data.loader_reason,
+            "damaged": sorted(map(str, data.damage.found)) if data.damage else []}
 
 
 def conclude(folder: RunFolder, recorder: Recorder):

@@ -37,6 +37,13 @@ _DATA = [
     Option("--test-fraction", "data.test_fraction", float, "SHARE", "share of the images used as test split, 0 to 1, where the "
                                                                     "data has none"),
     Option("--limit-train", "data.limit_train", int, "N", "use only N training images, every class in its proportion"),
+    Option("--loader", "data.loader", str, "NAME", "resident, all images decoded in memory, the fastest; torch or dali, pictures of an "
+                                                   "image folder decoded as they are needed, by Pillow or by NVIDIA DALI (dali takes "
+                                                   "arrays, too); auto, resident up to half of the memory, then dali where it is "
+                                                   "installed"),
+    Option("--crop", "data.crop", str, "WHICH", "of image folders: centre, or random, for training on random-resized and flipped crops"),
+    Option("--corrupt-limit", "data.corrupt_limit", int, "N", "most damaged pictures of an image folder; each is named, and another of "
+                                                              "its class stands in for it"),
 ]
 _RUN = [
     Option("--seed", "run.seed", int, "N", "decides initial weights, data order, augmentation and drawn splits"),

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from .. import __version__, export
 from ..config import ExpandConfig
-from ..data import Batches, DataSet, Split
+from ..data import DataSet, Split, training_batches
 from ..engine import Convergence, CosineEpochs, FitConfig, Training, accuracy, classification_loss, make_sgd, measure_latency
 from ..machine import environment
 from ..models import DepthNetwork, FoldedNetwork, profile
@@ -226,8 +226,7 @@ def prepared_training(search: Search, rule: Convergence, lr: float) -> Callable[
 def _train(search: Search, network: nn.Module, loss, key: str, rule, lr: float, validate=None) -> str:
     settings, data = search.config.training, search.data
     optimizer = make_sgd(network, lr, settings.momentum, settings.weight_decay, search.config.run.device)
-    batches = Batches(data.train, data.normalisation, settings.batch_size, search.config.run.seed,
-                      augment=data.augment, drop_last=data.drop_last)
+    batches = training_batches(data, settings.batch_size, search.config.run.seed, data.augment)
     plan = Plan(key, _title(search.state), _goal(rule), loss, batches, rule, optimizer, validate)
     return train(search.state, search.recorder, search.fit_config, network, plan)
 

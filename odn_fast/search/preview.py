@@ -78,5 +78,6 @@ def _wait(device: str):
 
 
 def _first_images(data: DataSet, batch_size: int, device: str):
-    x = data.normalisation(data.train.images[:batch_size]).to(device, memory_format=torch.channels_last)
-    return x, data.train.labels[:batch_size].to(device)
+    first = data.train.at(torch.arange(min(batch_size, len(data.train))))  # of pictures, no more are read
+    images, labels = next(iter(first.in_order(batch_size)))
+    return data.normalisation(images).to(device, memory_format=torch.channels_last), labels.to(device)

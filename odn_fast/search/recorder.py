@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn, optim
 
-from ..data import Batches
+from ..data import Source
 from ..engine import Convergence, Interrupted, Interrupts, StoppingRule, Training
 from ..record import RunFolder
 from .display import Display, Silent
@@ -68,7 +68,7 @@ class Recorder:
         """What a run's batches are made of, and the unit of what it reads on validation."""
         self._things, self._unit = things, unit
 
-    def begin(self, batches: Batches, rule: StoppingRule, title: str, goal: Callable[[Training], str]):
+    def begin(self, batches: Source, rule: StoppingRule, title: str, goal: Callable[[Training], str]):
         """Tell of the training to come, so that progress can be shown: its name, and what it is after."""
         self._batches, self._rule, self._title, self._goal = batches, rule, title, goal
         self._epoch_started, self._first_step = None, 0

@@ -31,7 +31,8 @@ def load_data(config: ExpandConfig | GrowConfig | GrowViewsConfig) -> DataSet | 
             return analytic_scene(given.size or ANALYTIC_SIZE)
         return load_views(given.dataset.partition(":")[2], given.size, given.near, given.far)
     data = data_sets.load(given.dataset, given.data_dir, image_size=given.image_size, val_fraction=given.val_fraction,
-                          test_fraction=given.test_fraction, seed=config.run.seed)
+                          test_fraction=given.test_fraction, seed=config.run.seed, loader=given.loader, crop=given.crop,
+                          corrupt_limit=given.corrupt_limit, device=config.run.device)
     return data.limit_train(given.limit_train, config.run.seed) if given.limit_train else data
 
 
