@@ -13,6 +13,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
+# NVIDIA DALI is 250 MB, in half a minute; where it cannot be had, its tests say that they are skipped.
+WITH_DALI := $(VENV)/.with-dali
+
 .PHONY: setup search test test-all sanitize bench clean
 
 setup: $(READY)
@@ -25,14 +28,18 @@ $(READY): $(BUILD_INPUTS)
 	rm -f $(VENV)/.ready-*
 	touch $(READY)
 
+$(WITH_DALI): $(READY)
+	$(PIP) "nvidia-dali-cuda130>=2.4" || echo "without DALI: its tests will be skipped"
+	touch $(WITH_DALI)
+
 search: $(READY)
 	$(BIN)/python -m odn_fast.search expand --dataset digits --model resnet18 --batch-size 128 \
 		--epochs-cap 8 --target-accuracy 98 --tolerance 0.5
 
-test: $(READY)
+test: $(WITH_DALI)
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: $(READY)
+test-all: $(WITH_DALI)
 	$(BIN)/python -m pytest -q
 	$(MAKE) sanitize
 
@@ -50,7 +57,7 @@ sanitize: $(READY)
 		assert e.available, e.reason; assert 'sanitize' in e.__file__, e.__file__"
 	$(SANITIZED) $(BIN)/pytest -q --capture=sys $(OP_TESTS) -k "not compiles and not export"
 
-bench: $(READY)
+bench: $(WITH_DALI)
 	$(BIN)/python -m pytest -q -s bench
 
 clean:

@@ -6,6 +6,7 @@ import sys
 import torch
 
 from . import __version__, _extension
+from .data.dali import PACKAGE
 from .engine import resolve_precision
 from .machine import environment
 
@@ -26,6 +27,7 @@ def report() -> list[str]:
         lines.append(f"C++ ops: not used, because {_extension.reason}; {_extension.HOW_TO_BUILD}")
     lines.append(f"CUDA: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else
                  f"CUDA: PyTorch sees no device (built for {torch.version.cuda or 'the CPU'})")
+    lines.append(dali_line())
     return [*lines, *triton_lines(torch.cuda.get_device_name() if torch.cuda.is_available() else "")]
 
 
@@ -35,6 +37,15 @@ def cuda_line(built: str, ops: list[str]) -> str:
         return f"CUDA kernels: {built}; Triton's are used"
     names = (name.removeprefix("odn_fast::") for name in ops if name.startswith("odn_fast::") and name.endswith("_cuda"))
     return f"CUDA kernels: {', '.join(sorted(name.removesuffix('_cuda') for name in names))} (nvcc {built})"
+
+
+def dali_line() -> str:
+    """About NVIDIA DALI, which decodes image folders that do not fit in memory."""
+    try:
+        import nvidia.dali
+    except ImportError:
+        return f"DALI: not installed, so image folders that do not fit in memory are decoded by Pillow; get it with: pip install {PACKAGE}"
+    return f"DALI: {nvidia.dali.__version__}"
 
 
 def triton_lines(gpu: str) -> list[str]:
