@@ -111,7 +111,7 @@ def test_help_names_every_option_with_its_default(capsys):
     for option in ("--model", "--dataset", "--data-dir", "--image-size", "--val-fraction", "--test-fraction", "--target-accuracy",
                    "--tolerance", "--initial-depth", "--max-depth", "--warm-up-epochs", "--epochs-per-depth", "--epochs-cap",
                    "--limit-train", "--batch-size", "--lr", "--seed", "--threads", "--precision", "--device", "--out", "--resume",
-                   "--require-target", "--checkpoint-minutes", "--baseline", "--config", "--set"):
+                   "--strategy", "--workers", "--require-target", "--checkpoint-minutes", "--baseline", "--config", "--set"):
         assert option in text, option
     for setting in ("search.tolerance", "training.batch_size", "run.checkpoint_minutes"):
         assert f"(default: {flat(ExpandConfig())[setting]})" in text, setting

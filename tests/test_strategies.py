@@ -1,7 +1,8 @@
 """Which depths strategies train, and that the trainings come to linear's bits, however they are stopped on the way."""
 
+import dataclasses
+import io
 import itertools
-import json
 import math
 import subprocess
 import threading
@@ -9,14 +10,17 @@ import time
 
 import pytest
 import torch
-from test_resume import ARGUMENTS, OFTEN, command, epochs, events, finish, start, wait_for_events, wait_for_step, weights
-from test_search import images, search
-from test_search import events as events_of
+from rich.console import Console
 from test_models import tiny
+from test_resume import ARGUMENTS, OFTEN, command, epochs, events, finish, start, wait_for_events, wait_for_step, weights
+from test_search import events as events_of
+from test_search import images, search
 
 from odn_fast.config import ConfigError, ExpandConfig, from_values, resolve
 from odn_fast.record import RunError, RunFolder
 from odn_fast.search import depths, resume
+from odn_fast.search.__main__ import _reached
+from odn_fast.search.display import Display
 from odn_fast.search.recorder import Recorder
 from odn_fast.search.strategies import (
     bisect, chosen, found, in_order, in_words, longest, none_of, share_out, trained_by_bisection)
@@ -192,6 +196,23 @@ def test_threads_of_a_worker_are_its_own():
     assert seen == [3] and torch.get_num_threads() == 2
 
 
+def test_live_lines_of_several_trainings_stand_below_each_other():
+    display, screen = Display(), io.StringIO()
+    display._console = Console(file=screen, force_terminal=True, width=60, highlight=False)
+    display.step("depth 1", "depth 1, epoch 1, step 3")
+    display._shown = 0.0
+    display.step("depth 2", "depth 2, epoch 4, step 1")
+    frame = screen.getvalue().splitlines()[-2:]
+    assert frame[0].endswith("depth 1, epoch 1, step 3") and "depth 2, epoch 4, step 1" in frame[1]
+    display.epoch("depth 1", "depth 1, epoch 1: loss 1.0")
+    display._shown = 0.0
+    display.step("depth 2", "depth 2, epoch 4, step 2")
+    rest = screen.getvalue().split("loss 1.0")[1]
+    assert "depth 1" not in rest and "depth 2, epoch 4, step 2" in rest
+    display.close()
+    assert not display._steps and display._live is None
+
+
 def networks(result):
     return {str(path.relative_to(result.folder)): path.read_bytes() for path in result.folder.glob("**/model.safetensors")}
 
@@ -235,6 +256,9 @@ def test_bisect_trains_what_it_needs_to_linears_bits(tmp_path, linear):
     result = search(tmp_path, strategy="bisect", target=70)  # depth 2 passes, then depth 1
     assert [event["depth"] for event in events_of(result, "depth") if event["phase"] == "search"] == [2, 1]
     assert result.depth == 1 and result.target_met
+    assert _reached(result, [1, 2], "70 %") == "is the smallest that reaches 70 %"
+    assert _reached(dataclasses.replace(result, depth=3), [3], "70 %") == (
+        "reaches 70 %; it is the smallest that does if accuracy grows with depth (not tried: 1, 2)")
     missed = search(tmp_path, "missed", strategy="bisect", learnable=False, epochs_cap=3)
     assert [event["depth"] for event in events_of(missed, "depth") if event["phase"] == "search"] == [2, 3]
     straight = networks(linear[1, False])
@@ -348,6 +372,18 @@ def test_every_checkpoint_holds_every_depth_at_a_moment_of_its_own(tmp_path, mon
     monkeypatch.undo()
     got, wanted = networks(resume(tmp_path / "run", model=tiny(dtype=torch.float32), **data)), networks(linear[1, True])
     assert {name: got[name] for name in wanted} == wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capture", [True, False])
+def test_parallel_on_a_gpu_comes_near_linear(tmp_path, capture):
+    """Each worker on a stream of its own; kernels of a GPU need not add up in one order."""
+    shared = {"device": "cuda", "capture": capture, "learnable": False, "epochs_cap": 3}
+    straight, result = search(tmp_path, "linear", **shared), search(tmp_path, "run", strategy="parallel", workers=3, **shared)
+    assert [row["epochs"] for row in result.depths] == [row["epochs"] for row in straight.depths] == [3, 3, 3]
+    losses = [{(event["depth"], event["epoch"]): event["losses"] for event in events_of(each, "epoch") if event["phase"] == "search"}
+              for each in (straight, result)]
+    assert all(losses[1][place] == pytest.approx(losses[0][place], rel=1e-2) for place in losses[0])
 
 
 def test_every_depth_diverges_in_parallel(tmp_path):

@@ -23,6 +23,7 @@ _EXPAND_EPILOG = """examples:
   python -m odn_fast.search                                   digits, on the CPU, about a minute
   python -m odn_fast.search --dataset mnist --data-dir ~/data --target-accuracy 99
   python -m odn_fast.search --dataset imagefolder:photos --image-size 64 --test-fraction 0.1 --target-accuracy 90
+  python -m odn_fast.search --strategy parallel --workers 2 --threads 1
   python -m odn_fast.search --resume runs/expand-mnist-resnet18-20260131-101500
   python -m odn_fast.search grow --help                       the other search
 
