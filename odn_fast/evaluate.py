@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from . import data as data_sets
 from .config import ConfigError, DataConfig, ExpandConfig, absolute_paths, from_values, read_yaml
-from .data import DataSet, Normalisation, Split, evaluation_batches
+from .data import NAMES, DataSet, Normalisation, Split, evaluation_batches, load_configured
 from .engine import accuracy, check_device, confusion, tune_allocator
 from .export import ModelError, describe, load, model_folder
 from .models.teachers import load_teacher
@@ -73,7 +72,7 @@ def _evaluate(options: argparse.Namespace):
     path = Path(options.network).expanduser()
     if not path.exists():
         raise ModelError(f"network {path}: does not exist; give a run's folder, or a checkpoint")
-    data = load_data(path, options.dataset, options.data_dir)
+    data = load_data(path, options.dataset, options.data_dir, options.device)
     subject = stored_network(path, data) if path.is_dir() else public_network(path, data)
     name, split = chosen_split(data, options.split)
     print(f"network: {subject.title}, fp32, batch norm folded")
@@ -83,7 +82,7 @@ def _evaluate(options: argparse.Namespace):
     print("\n".join(lines(counts, data.class_names, time.perf_counter() - started)))
 
 
-def load_data(path: Path, dataset: str | None, data_dir: str | None) -> DataSet:
+def load_data(path: Path, dataset: str | None, data_dir: str | None, device: str) -> DataSet:
     """The data set called `dataset`, or that of the run that a network's folder belongs to, as the run had it.
 
     Which images are held out may depend on a run's seed and settings: its own data set is split as it was. Raises
@@ -96,13 +95,10 @@ def load_data(path: Path, dataset: str | None, data_dir: str | None) -> DataSet:
     if own:
         config = run if data_dir is None else from_values({"data.data_dir": config.data.data_dir}, run.model_dump())
     if config.data.dataset == "arrays" or dataset is None and not own:
-        raise ConfigError("dataset: is not known from the network; give --dataset NAME, one of " + ", ".join(data_sets.NAMES))
+        raise ConfigError("dataset: is not known from the network; give --dataset NAME, one of " + ", ".join(NAMES))
     given = config.data
     size = pixels if given.dataset.startswith("imagefolder:") else None
-    data = data_sets.load(given.dataset, given.data_dir, image_size=size, val_fraction=given.val_fraction,
-                          test_fraction=given.test_fraction, seed=config.run.seed,
-                          loader=_loader(given), corrupt_limit=given.corrupt_limit)
-    data = data.limit_train(given.limit_train, config.run.seed) if given.limit_train else data
+    data = load_configured(given.model_copy(update={"image_size": size, "loader": _loader(given)}), config.run.seed, device)
     if own and data.checksum() != _manifest(path).get("data_checksum"):
         warnings.warn(f"{data.name}: is not the data set that the network was made with (its checksum differs): images it was trained "
                       "on may be in any split")
@@ -209,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
                     "its training.")
     parser.add_argument("network", metavar="NETWORK", help="a run's folder, or a model folder in it (model, depths/...); or the file of a "
                                                            "CIFAR ResNet, as PyTorch checkpoints hold it")
-    parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(data_sets.NAMES)} (default: the run's own, split as it was there)")
+    parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(NAMES)} (default: the run's own, split as it was there)")
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the official files, in torchvision's layout; what is missing is "
                                                           "downloaded there (default: the run's own, else data)")
     parser.add_argument("--split", choices=SPLITS, help="which images (default: test; validation where there is no test split)")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from PIL import Image
 from test_export import DESCRIPTION
 from test_teachers import trained_looking
 
@@ -59,6 +60,16 @@ def pictures(tmp_path):
     images = numpy.random.default_rng(0).integers(120, 240, (80, 3, 8, 8), dtype=numpy.uint8)
     numpy.savez(tmp_path / "pictures.npz", x=images, y=numpy.arange(80) % 4)
     return f"npz:{tmp_path / 'pictures.npz'}"
+
+
+def write_folder(path, classes=2, number=12):
+    """A folder of pictures of 40 x 30 pixels, a class a sub-folder."""
+    draw = numpy.random.default_rng(1)
+    for k in range(classes):
+        (path / f"class {k}").mkdir(parents=True)
+        for index in range(number):
+            Image.fromarray(draw.integers(60 * k, 60 * k + 120, (30, 40, 3), dtype=numpy.uint8)).save(path / f"class {k}" / f"{index}.png")
+    return f"imagefolder:{path}"
 
 
 @torch.no_grad()
@@ -131,6 +142,16 @@ def test_a_public_checkpoint_sees_images_as_it_was_trained_on_them(tmp_path, pic
     said, _ = evaluated(capsys, tmp_path / "public.th", "--dataset", pictures, "--split", "train")
     assert "ResNet-20, 269,332 parameters" in said[0]
     assert [line.split("%")[1].strip() for line in said[3:]] == right_by_class(kept, x, split.labels, 4)
+
+
+def test_pictures_are_brought_to_the_size_of_the_network(tmp_path, capsys):
+    folder = write_folder(tmp_path / "pictures")
+    description = Description(NetworkInput((3, 16, 16), 255.0, (0.4,) * 3, (0.2,) * 3), ("class 0", "class 1"), "own", 1)
+    save_model(tmp_path / "alone", network(3, 2), description, {})
+    torch.save(cifar_resnet(20, 2).state_dict(), tmp_path / "public.th")
+    for given, size in (("alone", "3x16x16"), ("public.th", "3x32x32")):
+        said, warned = evaluated(capsys, tmp_path / given, "--dataset", folder, "--split", "train")
+        assert f"train split, 22 images of {size}, 2 classes" in said[1] and not warned
 
 
 def test_classes_called_otherwise_are_said(tmp_path, capsys):

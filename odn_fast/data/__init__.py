@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config import DataConfig
 from .arrays import from_arrays, load_npz
 from .batches import Batches, Source, evaluation_batches
 from .cifar import EDITIONS, load_cifar
@@ -23,7 +24,7 @@ NAMES = ("mnist", "fashion-mnist", "emnist-letters", "cifar10", "cifar100", "svh
 
 __all__ = [
     "Batches", "DataError", "DataSet", "LOADERS", "NAMES", "Normalisation", "Source", "Split",
-    "arrays_with", "evaluation_batches", "from_arrays", "load", "read_image", "training_batches",
+    "arrays_with", "evaluation_batches", "from_arrays", "load", "load_configured", "read_image", "training_batches",
 ]
 
 
@@ -80,3 +81,11 @@ def load(
     else:
         data = load_svhn(directory, download) if kind == "svhn" else load_digits(seed)
     return arrays_with(data, loader)
+
+
+def load_configured(given: DataConfig, seed: int, device: str) -> DataSet:
+    """The data set that a configuration names, its training split limited to what it says. Raises `DataError`."""
+    data = load(given.dataset, given.data_dir, image_size=given.image_size, val_fraction=given.val_fraction,
+                test_fraction=given.test_fraction, seed=seed, loader=given.loader, crop=given.crop, corrupt_limit=given.corrupt_limit,
+                device=device)
+    return data.limit_train(given.limit_train, seed) if given.limit_train else data

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from .. import __version__, _extension, export, models
-from .. import data as data_sets
 from ..config import ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig
-from ..data import DataSet
+from ..data import DataSet, load_configured
 from ..data.views import ANALYTIC_SIZE, Scene, analytic_scene, load_views
 from ..engine import resolve_precision
 from ..machine import environment
@@ -30,10 +29,7 @@ def load_data(config: ExpandConfig | GrowConfig | GrowViewsConfig) -> DataSet | 
         if given.dataset == "analytic":
             return analytic_scene(given.size or ANALYTIC_SIZE)
         return load_views(given.dataset.partition(":")[2], given.size, given.near, given.far)
-    data = data_sets.load(given.dataset, given.data_dir, image_size=given.image_size, val_fraction=given.val_fraction,
-                          test_fraction=given.test_fraction, seed=config.run.seed, loader=given.loader, crop=given.crop,
-                          corrupt_limit=given.corrupt_limit, device=config.run.device)
-    return data.limit_train(given.limit_train, config.run.seed) if given.limit_train else data
+    return load_configured(given, config.run.seed, config.run.device)
 
 
 def check_depths(config: ExpandConfig, model: DepthNetwork, data: DataSet):
