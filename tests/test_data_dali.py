@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from odn_fast.data import DataError, Normalisation, Split, load, training_batche
 from odn_fast.data.batches import Batches
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed: pip install nvidia-dali-cuda130")
+from odn_fast.data import dali  # noqa: E402
 from odn_fast.data.dali import ArrayBatches, inspect  # noqa: E402
 
 OFFICIAL = os.environ.get("ODN_FAST_DATA")
@@ -58,41 +60,41 @@ def epoch(data, number=0, start=0, augment=False, batch_size=4, **options):
 @pytest.mark.parametrize("device", DEVICES)
 def test_png_of_the_right_size_is_exact(tmp_path, device):
     write_folder(tmp_path, make=lambda seed, size: noise(seed, (8, 8)))
-    dali, plain = both(tmp_path, device)
-    assert torch.equal(pixels(dali), pixels(plain))
+    ours, plain = both(tmp_path, device)
+    assert torch.equal(pixels(ours), pixels(plain))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [8, 15, 64])
 def test_resized_png_is_within_one_level(folder, size, device):
-    dali, plain = both(folder, device, image_size=size)
-    assert most_inside(pixels(dali), pixels(plain)).max() <= 1
-    assert (pixels(dali) - pixels(plain)).abs().float().mean() < 1.5
+    ours, plain = both(folder, device, image_size=size)
+    assert most_inside(pixels(ours), pixels(plain)).max() <= 1
+    assert (pixels(ours) - pixels(plain)).abs().float().mean() < 1.5
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_jpeg_is_within_decoder_tolerance(tmp_path, device):
     write_folder(tmp_path, suffix="jpg", make=lambda seed, size: shapes(seed))
-    dali, plain = both(tmp_path, device, image_size=48)
-    difference = (pixels(dali) - pixels(plain)).abs().float()
+    ours, plain = both(tmp_path, device, image_size=48)
+    difference = (pixels(ours) - pixels(plain)).abs().float()
     assert difference.max() <= 4 and difference.mean() < 0.6
 
 
 @pytest.mark.skipif(not OFFICIAL, reason="ODN_FAST_DATA does not name a folder of official data files")
 @pytest.mark.parametrize("crop", ["centre", "random"])
 def test_photographs_are_within_decoder_tolerance(crop):
-    dali, plain = both(Path(OFFICIAL) / "imagefolder-jpeg", image_size=64, crop=crop)
-    for (x, y), (u, v) in zip(epoch(dali, augment=True), epoch(plain, augment=True), strict=True):
+    ours, plain = both(Path(OFFICIAL) / "imagefolder-jpeg", image_size=64, crop=crop)
+    for (x, y), (u, v) in zip(epoch(ours, augment=True), epoch(plain, augment=True), strict=True):
         assert torch.equal(y, v)
-        assert most_inside(levels(dali, x), levels(dali, u)).max() <= 2
+        assert most_inside(levels(ours, x), levels(ours, u)).max() <= 2
 
 
 def test_random_crops_and_flips_are_the_plain_reader_s(folder):
-    dali, plain = both(folder, crop="random")
+    ours, plain = both(folder, crop="random")
     for number in range(2):
-        found, expected = epoch(dali, number, augment=True), epoch(plain, number, augment=True)
+        found, expected = epoch(ours, number, augment=True), epoch(plain, number, augment=True)
         for (x, y), (u, v) in zip(found, expected, strict=True):
-            assert torch.equal(y, v) and most_inside(levels(dali, x), levels(dali, u)).max() <= 1
+            assert torch.equal(y, v) and most_inside(levels(ours, x), levels(ours, u)).max() <= 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -105,6 +107,16 @@ def test_lengths_of_epochs_are_right_over_several(folder, device):
             assert len(sizes) == source.steps_per_epoch and sum(sizes) == source.images_per_epoch == 21
     assert [len(y) for _, y in data.validation.in_order(3)] == [3, 3, 1]
     assert [len(images) for images, _ in data.validation.in_order(4)] == [4, 3]
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_large_batches_are_made_of_parts(folder, crop, monkeypatch):
+    data = loaded(folder, "dali", crop=crop)
+    whole = epoch(data, augment=data.augment, batch_size=10)
+    monkeypatch.setattr(dali, "PART", 4)
+    parts = epoch(data, augment=data.augment, batch_size=10)
+    assert [len(y) for _, y in parts] == [10, 11]
+    assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(parts, whole, strict=True))
 
 
 @pytest.mark.parametrize("crop", ["centre", "random"])
@@ -137,27 +149,50 @@ def test_nothing_is_left_running(folder):
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_damaged_pictures_are_those_of_the_plain_reader(tmp_path, suffix):
     write_folder(tmp_path, suffix=suffix, make=lambda seed, size: shapes(seed))
-    dali, plain = both(tmp_path)
+    ours, plain = both(tmp_path)
     cut_short(tmp_path / "train" / "a" / f"003.{suffix}")
     (tmp_path / "train" / "b" / f"008.{suffix}").write_text("<html>404</html>")
     with pytest.warns(UserWarning, match="stands in for it"):
-        found, expected = pixels(dali, batch_size=4), pixels(plain, batch_size=4)
-    assert set(dali.damage.found) == set(plain.damage.found) and len(dali.damage.found) >= 1
+        found, expected = pixels(ours, batch_size=4), pixels(plain, batch_size=4)
+    assert set(ours.damage.found) == set(plain.damage.found) and len(ours.damage.found) >= 1
     assert most_inside(found, expected).max() <= 2
-    assert torch.equal(pixels(dali, batch_size=4), found)
+    assert torch.equal(pixels(ours, batch_size=4), found)
 
 
 def test_a_batch_that_dali_cannot_decode_is_traced_to_its_picture(folder):
     """The header is right, and the fault inside: DALI fails, and says of which of its batches, not of which file."""
-    dali, plain = both(folder)
+    ours, plain = both(folder)
     file = folder / "train" / "a" / "005.png"
     content = bytearray(file.read_bytes())
     content[len(content) // 2:len(content) // 2 + 40] = bytes(40)
     file.write_bytes(content)
     with pytest.warns(UserWarning, match="a/005.png.*stands in for it"):
-        found, expected = pixels(dali, batch_size=4), pixels(plain, batch_size=4)
-    assert [path.name for path in dali.damage.found] == ["005.png"] and len(found) == len(dali.train)
+        found, expected = pixels(ours, batch_size=4), pixels(plain, batch_size=4)
+    assert [path.name for path in ours.damage.found] == ["005.png"] and len(found) == len(ours.train)
     assert most_inside(found, expected).max() <= 1
+
+
+def test_a_picture_that_only_dali_cannot_decode_is_decoded_for_it(folder, monkeypatch):
+    """DALI is made to be given a picture of a kind that it does not know; the plain reader has no fault to find."""
+    place = folder / "train" / "a" / "005.png"
+    place.write_bytes(encoded(noise(5), "GIF"))
+    ours, plain = both(folder)
+    monkeypatch.setattr(dali, "inspect", lambda file, content: inspect(file, content)._replace(alike=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, expected = pixels(ours, batch_size=4), pixels(plain, batch_size=4)
+    assert most_inside(found, expected).max() <= 1 and not ours.damage.found
+
+
+def test_a_pipeline_that_fails_for_other_reasons_is_given_up(folder, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Critical error in pipeline:\n\nencountered:\n\nout of memory\n")
+        yield
+
+    data = loaded(folder, "dali")
+    monkeypatch.setattr(dali, "_outputs", fail)
+    with pytest.raises(DataError, match=r"DALI cannot go on \(out of memory\); choose --loader torch"):
+        pixels(data)
 
 
 def test_too_many_damaged_pictures_stop_it(folder):
@@ -191,8 +226,8 @@ def test_kinds_of_pictures_that_dali_reads_otherwise(folder):
     for name, content in pictures.items():
         (place / f"{name[:3]}.png").unlink()
         (place / name).write_bytes(content)
-    dali, plain = both(folder, image_size=12)
-    assert most_inside(pixels(dali), pixels(plain)).max() <= 2
+    ours, plain = both(folder, image_size=12)
+    assert most_inside(pixels(ours), pixels(plain)).max() <= 2
     alike = [inspect(place / name, content).alike for name, content in pictures.items()]
     assert alike == [True, False, False, False, True, False, False, False, False, False, True, False]
     assert inspect(place / "004.jpg", pictures["004.jpg"])[:2] == (60, 80)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from .pictures import Pictures, Request, thread_count
 from .streaming import read_ahead
 
 PACKAGE = "nvidia-dali-cuda130"
+PART = 128  # pictures that a pipeline has whole, in memory, at a time; larger batches are made of several parts
 
 
 def need_dali() -> None:
@@ -53,18 +54,33 @@ class Fed(NamedTuple):
 def dali_reader(pictures: Pictures, requests: Iterable[Request]) -> Iterator[Tensor]:
     """Decoded, cut, resized and flipped by a pipeline; a `Reader`.
 
-    DALI names no file when it fails. The batch at hand is then decoded by the plain reader, which does, and finds another
-    picture for what is damaged; a new pipeline goes on with the next one. So what counts as damaged is the same with
-    every loader.
+    DALI names no file when it fails. The pictures at hand are then tried with the plain reader, one by one, and a new
+    pipeline goes on with others in place of the damaged ones. Where it finds none, it decodes these pictures for DALI. So what
+    counts as damaged is the same with every loader.
     """
     need_dali()
+    counts: deque[int] = deque()
+
+    def parts() -> Iterator[Request]:
+        for request in requests:
+            split = request.parts(PART)
+            counts.append(len(split))
+            yield from split
+
+    decoded = _decoded(pictures, parts())
+    for first in decoded:
+        others = list(islice(decoded, counts.popleft() - 1))
+        yield torch.cat([first, *others]) if others else first
+
+
+def _decoded(pictures: Pictures, requests: Iterable[Request]) -> Iterator[Tensor]:
     waiting: deque[Request] = deque()  # read, but not back from the pipeline
     coming, plain = iter(requests), False
     while (first := next(coming, None)) is not None:
         coming = chain([first], coming)
-        pipeline = _picture_pipeline(pictures, len(first.positions) + 1, _feed(pictures, coming, waiting, plain))
+        fed = _feed(pictures, coming, waiting, plain)
         try:
-            for pixels in _outputs(pipeline, pictures.labels.device):
+            for pixels in _outputs(_picture_pipeline(pictures, fed), pictures.labels.device):
                 waiting.popleft()
                 plain = False
                 yield pixels.permute(0, 3, 1, 2)
@@ -72,11 +88,22 @@ def dali_reader(pictures: Pictures, requests: Iterable[Request]) -> Iterator[Ten
         except RuntimeError as error:
             if plain:
                 raise DataError(f"{pictures.root}: DALI cannot go on ({_reason(error)}); choose --loader torch") from error
-            plain, coming = True, chain(list(waiting), coming)
+            fed.close()
+            plain, coming = not _trace(pictures, waiting[0] if waiting else first), chain(list(waiting), coming)
             waiting.clear()
+        finally:
+            fed.close()
 
 
-def _feed(pictures: Pictures, requests: Iterable[Request], waiting: deque[Request], plain: bool) -> Iterator[Fed]:
+def _trace(pictures: Pictures, request: Request) -> bool:
+    """Whether some of the pictures are damaged that were not known to be."""
+    known = len(pictures.damage.found)
+    with ThreadPoolExecutor(max_workers=thread_count()) as threads:
+        list(threads.map(lambda position: pictures.read(position, lambda file: bool(read_picture(file, "RGB"))), request.positions))
+    return len(pictures.damage.found) > known
+
+
+def _feed(pictures: Pictures, requests: Iterable[Request], waiting: deque[Request], plain: bool) -> Generator[Fed, None, None]:
     """What the pipeline is given for every request, files read ahead. plain: the first is decoded by Pillow."""
     def start(threads: ThreadPoolExecutor, request: Request) -> tuple[Fed, list[Future]]:
         nonlocal plain
@@ -140,12 +167,11 @@ def centre_box(file: Path, header: Header, size: int) -> Box:
     return left * x, top * y, (left + size) * x, (top + size) * y
 
 
-def _picture_pipeline(pictures: Pictures, most: int, fed: Iterator[Fed]):
-    """most: images in a batch (a last batch can have one more than those before it)."""
+def _picture_pipeline(pictures: Pictures, fed: Iterator[Fed]):
     from nvidia.dali import fn, types
 
     on_gpu, size = pictures.labels.is_cuda, pictures.size
-    pipeline = _pipeline(most, pictures.labels.device)
+    pipeline = _pipeline(PART, pictures.labels.device)
     with pipeline:
         encoded, boxes, mirrored = fn.external_source(
             source=fed, num_outputs=3, dtype=[types.UINT8, types.FLOAT, types.INT32], ndim=[1, 1, 0])

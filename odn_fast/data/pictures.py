@@ -31,6 +31,11 @@ class Request(NamedTuple):
     mirrored: list[bool] | None = None
     numbers: Tensor | None = None
 
+    def parts(self, most: int) -> list[Request]:
+        """The same pictures in requests of at most `most`."""
+        slices = [slice(first, first + most) for first in range(0, len(self.positions), most)]
+        return [Request(*(None if each is None else each[part] for each in self)) for part in slices]
+
 
 class Reader(Protocol):
     """How pictures are decoded: gives (n, 3, size, size) uint8, on the split's device, for every request, in order.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -84,7 +84,9 @@ class PictureBatches(Source):
         return self.normalisation(pixels), y
 
 
-def read_ahead(given: Iterable[Given], read: Callable[[ThreadPoolExecutor, Given], tuple[Read, list[Future]]]) -> Iterator[Read]:
+def read_ahead(
+    given: Iterable[Given], read: Callable[[ThreadPoolExecutor, Given], tuple[Read, list[Future]]]
+) -> Generator[Read, None, None]:
     """What `read` makes of everything given, in order, once its futures are done, `AHEAD` of them at work at a time.
 
     Nothing is left running when the iterator is closed, or an error is raised in a future.

@@ -39,8 +39,8 @@ _DATA = [
     Option("--limit-train", "data.limit_train", int, "N", "use only N training images, every class in its proportion"),
     Option("--loader", "data.loader", str, "NAME", "resident, all images decoded in memory, the fastest; torch or dali, pictures of an "
                                                    "image folder decoded as they are needed, by Pillow or by NVIDIA DALI (dali takes "
-                                                   "arrays, too); auto, resident up to half of the memory, then dali where it is "
-                                                   "installed"),
+                                                   "arrays, too); auto, resident up to half of the memory, else dali where it is "
+                                                   "installed, else torch"),
     Option("--crop", "data.crop", str, "WHICH", "of image folders: centre, or random, for training on random-resized and flipped crops"),
     Option("--corrupt-limit", "data.corrupt_limit", int, "N", "most damaged pictures of an image folder; each is named, and another of "
                                                               "its class stands in for it"),
