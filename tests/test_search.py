@@ -76,6 +76,14 @@ def test_learning_rates(met, missed):
     assert [event["lr"] for event in events(met, "epoch") if event["phase"] == "warm_up"] == [1e-3]
 
 
+def test_learning_rates_in_tensors_are_numbers_in_events(tmp_path, monkeypatch):
+    """A GPU's optimizer keeps its rate on the device."""
+    monkeypatch.setattr("odn_fast.engine.step._rate", lambda lr, device: torch.tensor(lr))
+    result = search(tmp_path, learnable=False, max_depth=1, epochs_cap=6)
+    rates = [event["lr"] for event in events(result, "epoch") if event["phase"] == "search"]
+    assert rates[0] == pytest.approx(0.05) and len(rates) == 6
+
+
 def test_no_depth_passes(missed):
     searched = [event for event in events(missed, "depth") if event["phase"] == "search"]
     assert not missed.target_met and [event["depth"] for event in searched] == [1, 2, 3]

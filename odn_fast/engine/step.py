@@ -161,12 +161,18 @@ def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
 
 def make_sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, device: str) -> torch.optim.SGD:
     """SGD in one launch."""
-    return torch.optim.SGD(model.parameters(), lr=_rate(lr, device), momentum=momentum, weight_decay=weight_decay, fused=True)
+    return _named(lr, torch.optim.SGD(model.parameters(), _rate(lr, device), momentum, weight_decay=weight_decay, fused=True))
 
 
 def make_adam(model: nn.Module, lr: float, device: str) -> torch.optim.Adam:
     """Adam in one launch."""
-    return torch.optim.Adam(model.parameters(), lr=_rate(lr, device), fused=True, capturable=_on_gpu(device))
+    return _named(lr, torch.optim.Adam(model.parameters(), _rate(lr, device), fused=True, capturable=_on_gpu(device)))
+
+
+def _named(lr: float, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """With the learning rate that a training begins with as a number in its defaults, whatever its groups hold."""
+    optimizer.defaults["lr"] = lr
+    return optimizer
 
 
 def _rate(lr: float, device: str) -> Tensor | float:
