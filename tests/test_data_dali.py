@@ -84,7 +84,8 @@ def test_jpeg_is_within_decoder_tolerance(tmp_path, device):
 @pytest.mark.parametrize("crop", ["centre", "random"])
 def test_photographs_are_within_decoder_tolerance(crop):
     ours, plain = both(Path(OFFICIAL) / "imagefolder-jpeg", image_size=64, crop=crop)
-    for (x, y), (u, v) in zip(epoch(ours, augment=True), epoch(plain, augment=True), strict=True):
+    assert (pixels(ours) - pixels(plain)).abs().float().mean() < 0.3
+    for (x, y), (u, v) in zip(epoch(ours, augment=crop == "random"), epoch(plain, augment=crop == "random"), strict=True):
         assert torch.equal(y, v)
         assert most_inside(levels(ours, x), levels(ours, u)).max() <= 2
 
