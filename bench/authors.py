@@ -6,6 +6,8 @@ depth.
 """
 
 import copy
+import itertools
+import time
 from collections.abc import Iterable
 
 import numpy
@@ -145,18 +147,23 @@ def train_depth(model: DepthNetwork, depth: int, data: DataSet, batch_size: int,
 
 
 def search(model: DepthNetwork, data: DataSet, batch_size: int, warm_up_epochs: int, epochs: list[int], device: str) -> dict:
-    """Warm-up, then the first depths for the given numbers of epochs each; the best one's test accuracy.
+    """Warm-up, then the first depths for the given numbers of epochs each, the best of which is tested.
 
-    data lies in the processor's memory. Returns {"depth", "validation": [percent, by depth], "test"}.
+    data lies in the processor's memory. Returns the found depth, the best validation accuracies by depth and the test accuracy in
+    percent, and the seconds of warm-up and of every depth.
     """
     model.to(device)
+    clock = [time.perf_counter()]
     warm_up(model, loader(data.train, data.normalisation, batch_size, shuffle=True), warm_up_epochs, 1e-3, device)
-    start, found, tested = copy.deepcopy(model.state_dict()), [], []
+    clock.append(time.perf_counter())
+    start, reached, trained = copy.deepcopy(model.state_dict()), [], []
     for depth, number in enumerate(epochs, 1):
         model.load_state_dict(start)
-        found.append(train_depth(model, depth, data, batch_size, number, 0.01 if depth == 1 else 0.005, device))
-        tested.append(copy.deepcopy(model.state_dict()))
-    depth = 1 + max(range(len(found)), key=lambda place: round(found[place], 1))
-    model.load_state_dict(tested[depth - 1])
-    test = validate(model.at_depth(depth), loader(data.test, data.normalisation, batch_size, shuffle=False), device)
-    return {"depth": depth, "validation": found, "test": test}
+        reached.append(train_depth(model, depth, data, batch_size, number, 0.01 if depth == 1 else 0.005, device))
+        trained.append(copy.deepcopy(model.state_dict()))
+        clock.append(time.perf_counter())
+    found = max(range(len(epochs)), key=lambda place: round(reached[place], 1))
+    model.load_state_dict(trained[found])
+    test = validate(model.at_depth(found + 1), loader(data.test, data.normalisation, batch_size, shuffle=False), device)
+    return {"depth": found + 1, "validation": reached, "test": test,
+            "phase_seconds": [end - begin for begin, end in itertools.pairwise(clock)]}

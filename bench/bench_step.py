@@ -44,10 +44,10 @@ DEPTHS = (1, 8) if harness.QUICK else range(1, 9)
 CUDA_DEPTHS = (1, 2, 8)
 
 
-def resident(device="cpu"):
+def resident(device="cpu", shape=SHAPE):
     """Batches of a set of drawn images, as the engine takes them."""
     torch.manual_seed(0)
-    split = Split(torch.randint(0, 256, (BATCH * STEPS, *SHAPE), dtype=torch.uint8), torch.randint(0, 10, (BATCH * STEPS,)))
+    split = Split(torch.randint(0, 256, (BATCH * STEPS, *shape), dtype=torch.uint8), torch.randint(0, 10, (BATCH * STEPS,)))
     return Batches(split.to(device), Normalisation(255, (0.1307,), (0.3081,)), BATCH, seed=0)
 
 
