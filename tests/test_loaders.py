@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from PIL import Image
 from picture_cases import cut_short
 from torch import nn
 
-from odn_fast.data import load
+from odn_fast.data import load, streaming
+from odn_fast.data.pictures import thread_count
 from odn_fast.doctor import dali_line
 from odn_fast.engine import Interrupted
 from odn_fast.models import DepthNetwork
 from odn_fast.search import expand, grow, resume
 from odn_fast.search.__main__ import main
+from odn_fast.search.preview import depth_rows
 from odn_fast.search.recorder import Recorder
 
 
@@ -158,6 +161,15 @@ def test_loaders_that_cannot_be_are_refused_in_one_line(folder, capsys):
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith(said) and error.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*stands in for it")
+def test_the_estimate_counts_the_reading_of_pictures(folder, monkeypatch):
+    resident, streamed = (load(f"imagefolder:{folder}", image_size=6, loader=loader) for loader in ("resident", "torch"))
+    read = streaming.read_picture
+    monkeypatch.setattr(streaming, "read_picture", lambda file, mode: time.sleep(0.02) or read(file, mode))
+    without, reading = (depth_rows(network(), data, 8, "fp32", "cpu")[0]["seconds_per_epoch"] for data in (resident, streamed))
+    assert reading > without and reading > 52 * 0.02 / thread_count()
 
 
 def test_the_doctor_names_dali_and_how_to_get_it(monkeypatch):

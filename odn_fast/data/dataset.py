@@ -180,6 +180,11 @@ class DataSet:
         return self.train.image_shape
 
     @property
+    def decodes(self) -> bool:
+        """Whether pictures are decoded as they are needed."""
+        return self.damage is not None and self.loader != "resident"
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 

@@ -103,7 +103,7 @@ def with_loader(config: Config, data: DataSet) -> Config:
 
 def checksum_of(data: DataSet | Scene, display: Display | Silent) -> str:
     """The data's checksum; where files have to be read for it, it is said before."""
-    if isinstance(data, DataSet) and data.damage is not None and data.loader != "resident":
+    if isinstance(data, DataSet) and data.decodes:
         count = sum(len(split) for _, split in data.splits())
         display.message(f"checksum of the data: reading {count:,} picture files once")
     return data.checksum()

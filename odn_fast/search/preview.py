@@ -17,7 +17,8 @@ def depth_rows(model: DepthNetwork, data: DataSet, batch_size: int, precision: s
     """One row per depth: params, state_bytes, macs, paper_flops, latency of one image (ms), estimated seconds an epoch.
 
     Latency is that of the folded fp32 network. The time of a training step is measured at depth 1 and at full depth on
-    copies, and interpolated by multiply-adds between them; validation is added at the folded network's speed.
+    copies, and interpolated by multiply-adds between them; validation is added at the folded network's speed,
+    and reading of pictures that are not in memory at that of the first batch.
     """
     rows = [{"depth": depth, **asdict(profile(model, data.input_shape, depth)), **latency}
             for depth, latency in enumerate(depth_latencies(model, data.input_shape, device), 1)]
@@ -29,9 +30,12 @@ def depth_rows(model: DepthNetwork, data: DataSet, batch_size: int, precision: s
         slope = max(0.0, last - first) / (deep - shallow)
     forward = _validation_seconds(model, data, batch_size, device) / shallow
     steps = max(1, round(len(data.train) / batch_size))
+    reading = _reading_seconds(data, batch_size)
     for row in rows:
         step = first + slope * (row["macs"] - shallow)
-        row["seconds_per_epoch"] = steps * step + forward * row["macs"]
+        computing = steps * step + forward * row["macs"]
+        # A GPU computes while pictures are read; on the CPU, both take turns.
+        row["seconds_per_epoch"] = max(computing, reading) if torch.device(device).type == "cuda" else computing + reading
     return rows
 
 
@@ -71,6 +75,15 @@ def _validation_seconds(model: DepthNetwork, data: DataSet, batch_size: int, dev
         return (time.perf_counter() - start) * len(data.validation) / len(x)
 
 
+def _reading_seconds(data: DataSet, batch_size: int) -> float:
+    """Estimated time in which an epoch's pictures are read and decoded; 0 where the images are in memory."""
+    if not data.decodes:
+        return 0.0
+    start = time.perf_counter()
+    images, _ = _first(data, batch_size)
+    return (time.perf_counter() - start) * (len(data.train) + len(data.validation)) / len(images)
+
+
 def _wait(device: str):
     """A GPU works behind the caller's back: wait until it has finished."""
     if torch.device(device).type == "cuda":
@@ -78,6 +91,10 @@ def _wait(device: str):
 
 
 def _first_images(data: DataSet, batch_size: int, device: str):
-    first = data.train.at(torch.arange(min(batch_size, len(data.train))))  # of pictures, no more are read
-    images, labels = next(iter(first.in_order(batch_size)))
+    images, labels = _first(data, batch_size)
     return data.normalisation(images).to(device, memory_format=torch.channels_last), labels.to(device)
+
+
+def _first(data: DataSet, count: int):
+    """The first training images as they are, with their labels; of pictures, no more are read."""
+    return next(iter(data.train.at(torch.arange(min(count, len(data.train)))).in_order(count)))
