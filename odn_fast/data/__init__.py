@@ -17,7 +17,7 @@ from .errors import DataError
 from .idx import FAMILIES, load_idx
 from .image import read_image
 from .image_folder import load_image_folder
-from .loading import LOADERS, arrays_with, training_batches
+from .loading import LOADERS, arrays_with, check_array_loader, training_batches
 from .svhn import load_svhn
 
 NAMES = ("mnist", "fashion-mnist", "emnist-letters", "cifar10", "cifar100", "svhn", "digits", "imagefolder:PATH", "npz:FILE")
@@ -69,6 +69,8 @@ def load(
         raise DataError(f"loader is {loader!r} and crop {crop!r}; expected one of {', '.join(LOADERS)}, and centre or random")
     if crop == "random" and kind != "imagefolder":
         raise DataError(f"crop random makes no sense for {name}: its images have one size; leave the option out")
+    if kind != "imagefolder":
+        check_array_loader(name, loader)  # before anything is downloaded
     directory = Path("data" if data_dir is None else data_dir).expanduser()
     if kind == "imagefolder":
         return load_image_folder(path, image_size, val_fraction, test_fraction, seed, loader, crop == "random", corrupt_limit, device)

@@ -30,15 +30,21 @@ def training_batches(data: DataSet, batch_size: int, seed: int, augment: bool, s
 
 def arrays_with(data: DataSet, loader: str) -> DataSet:
     """A data set that is resident, with the loader that was asked for. Raises `DataError` where that cannot be."""
-    if loader == "torch":
-        raise DataError(f"loader: torch decodes picture files as they are needed, and {data.name} is in memory already; "
-                        "choose auto, resident or dali")
+    check_array_loader(data.name, loader)
     if loader != "dali":
         return data
     if data.train.dtype != torch.uint8:
         raise DataError(f"loader: dali takes bytes, and {data.name} holds {data.train.dtype}; choose auto or resident")
-    need_dali()
     return replace(data, loader="dali", loader_reason="asked for; resident makes the same batches faster")
+
+
+def check_array_loader(name: str, loader: str) -> None:
+    """Refuse a loader that cannot be that of arrays, or is not installed."""
+    if loader == "torch":
+        raise DataError(f"loader: torch decodes picture files as they are needed, and {name} is in memory already; "
+                        "choose auto, resident or dali")
+    if loader == "dali":
+        need_dali()
 
 
 def chosen_loader(asked: str, where: str, pictures: int, size: int, random_crop: bool, device: str) -> tuple[str, str]:
