@@ -60,6 +60,7 @@ class SearchConfig(_Section):
     epochs_per_depth: list[Count] | None = Field(default=None, min_length=1)
     strategy: Literal["linear", "parallel", "bisect"] = "linear"
     workers: Annotated[int, Field(ge=1, le=256)] | None = None
+    measure_warm_up: bool = False
     require_target: bool = False
     baseline: Literal["none", "full"] = "none"
 

@@ -10,6 +10,7 @@ from test_models import tiny
 import odn_fast
 from odn_fast.config import ConfigError
 from odn_fast.data import Normalisation
+from odn_fast.data.dataset import measured_normalisation
 from odn_fast.engine import Interrupted, accuracy, confusion
 from odn_fast.export import ModelError
 from odn_fast.record import RunError, RunFolder
@@ -287,3 +288,16 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(tmp_path):
     with pytest.raises(RunError, match="nothing to go on from"):
         resume(result.folder, model=tiny(dtype=torch.float32), train=images(80, 0), validation=images(40, 1), test=images(35, 2))
     assert len(events(result)) == lines
+
+
+def test_every_depth_can_be_measured_after_warm_up(tmp_path):
+    result = search(tmp_path, measure_warm_up=True, epochs_cap=1)
+    reached = events(result, "exits")[0]["validation_accuracies"]
+    model = tiny(dtype=torch.float32)
+    with RunFolder.open(result.folder) as folder:
+        model.load_state_dict(folder.load_state("warm-up")["model"])
+    x, y = images(40, 1)
+    batch = measured_normalisation(images(80, 0)[0])(x)
+    expected = [accuracy(confusion(odn_fast.models.FoldedNetwork(model.at_depth(depth)), [(batch, y)], 5)) for depth in (1, 2, 3)]
+    assert reached == expected
+    assert "After warm-up, depths 1 to 3 were right about" in (result.folder / "report.html").read_text()

@@ -122,6 +122,9 @@ def notes(run: Run) -> list[str]:
     """What a reader should know before trusting the headline, one sentence or two each."""
     said = [*_target_notes(run), *_comparison_notes(run), *_latency_notes(run)] if run.result else []
     said += _strategy_notes(run)
+    for event in run.events["exits"][-1:]:
+        reached = ", ".join(f"{each:.2f}" for each in event["validation_accuracies"])
+        said.append(f"After warm-up, depths 1 to {len(event['validation_accuracies'])} were right about {reached} % of the validation images.")
     said += [f"Depth {event['depth']} diverged ({_PHASES[event['phase']]}): its loss was not finite after "
              f"{counted(event['epochs'], 'epoch')}, and its training ended there."
              for event in run.events["depth"] if event["outcome"] == "diverged"]

@@ -18,6 +18,7 @@ _FIELDS = {
         "resume": "phase depth",
         "epoch": "phase depth epoch losses train_accuracies validation_accuracy lr seconds images_per_second improved",
         "depth": "phase depth outcome epochs best_accuracy first_step_seconds",
+        "exits": "validation_accuracies",
         "chosen": "depth target_met",
         "test_reading": _READING,
         "warning": "text",

@@ -14,16 +14,17 @@ from torch import fx, nn
 from .. import __version__, export
 from ..config import ExpandConfig
 from ..data import DataSet, Split, training_batches
-from ..engine import Convergence, CosineEpochs, FitConfig, Training, accuracy, classification_loss, make_sgd, measure_latency
+from ..engine import (
+    Convergence, CosineEpochs, FitConfig, Training, accuracy, classification_loss, exit_confusions, make_sgd, measure_latency)
 from ..machine import environment
-from ..models import DepthNetwork, FoldedNetwork, profile
+from ..models import DepthNetwork, FoldedNetwork, NetworkAtAllDepths, profile
 from ..record import RunError, RunFolder
 from .display import Display, Silent
 from .lifecycle import conclude
 from .preview import depth_latencies
 from .recorder import Recorder
 from .state import RunState
-from .training import Plan, best_so_far, confusion_of, train
+from .training import Plan, best_so_far, confusion_of, split_batches, train
 
 
 @dataclass
@@ -66,8 +67,20 @@ def warm_up(search: Search):
         if outcome == "diverged":
             raise RunError("warm-up: the loss is not finite any more; start again with a smaller "
                            "--set training.warm_up_lr, or without warm-up (--warm-up-epochs 0)")
+    if search.config.search.measure_warm_up:
+        _measure_exits(search)
     search.folder.save_state("warm-up", {"model": model.state_dict()})
     state.begin("search", search.config.search.initial_depth)
+
+
+def _measure_exits(search: Search):
+    """Validation accuracy of every depth, all from one pass of the folded network."""
+    folded = FoldedNetwork(NetworkAtAllDepths(search.model)).to(search.config.run.device)
+    batches = split_batches(search.data, search.data.validation, search.config.run.device)
+    reached = list(map(accuracy, exit_confusions(folded, batches, search.data.num_classes)))
+    search.folder.event("exits", validation_accuracies=reached)
+    search.display.message("after warm-up, on validation: " + ", ".join(
+        f"depth {depth} {each:.2f} %" for depth, each in enumerate(reached, 1)))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """One training of a run, from its start or from where the run's state stands; shared by both searches."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,5 +65,9 @@ def best_so_far(training: Training) -> str:
 def confusion_of(network: nn.Module, data: DataSet, split: Split, device: str,
                  after_batch: Callable[[], None] = lambda: None) -> Tensor:
     """Counts (K, K) of a network in eval mode over one of the data's splits."""
-    batches = evaluation_batches(split, data.normalisation, _EVALUATION_BATCH[torch.device(device).type])
-    return confusion(network, batches, data.num_classes, after_batch)
+    return confusion(network, split_batches(data, split, device), data.num_classes, after_batch)
+
+
+def split_batches(data: DataSet, split: Split, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """One of the data's splits in order, in batches of a size to evaluate."""
+    return evaluation_batches(split, data.normalisation, _EVALUATION_BATCH[torch.device(device).type])
