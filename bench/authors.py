@@ -13,8 +13,7 @@ from collections.abc import Iterable
 import numpy
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, Dataset
 
 from odn_fast.data import DataSet, Normalisation, Split
@@ -53,11 +52,14 @@ class Pictures(Single):
     """Images of one channel with their labels, each by way of a PIL image, as torchvision's data sets give them."""
 
     def __init__(self, split: Split, normalisation: Normalisation):
+        from PIL import Image  # here, so that benches of ops run where it is missing
+
         super().__init__(split.images, 0, False, normalisation.mean, normalisation.std, normalisation.scale)
+        self.picture = Image.fromarray
         self.labels = split.labels.tolist()
 
     def tensor(self, place: int) -> Tensor:
-        picture = Image.fromarray(self.images[place, 0].numpy())
+        picture = self.picture(self.images[place, 0].numpy())
         return torch.from_numpy(numpy.array(picture))[None].float().div(self.scale)
 
     def __getitem__(self, place):
@@ -66,6 +68,14 @@ class Pictures(Single):
 
 def loader(split: Split, normalisation: Normalisation, batch_size: int, shuffle: bool) -> DataLoader:
     return DataLoader(Pictures(split, normalisation), batch_size=batch_size, shuffle=shuffle, num_workers=0)
+
+
+def plain(model: DepthNetwork) -> DepthNetwork:
+    """A copy that computes with PyTorch's modules alone, in NCHW."""
+    copied = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    copied.stem = fx.symbolic_trace(copied.stem)
+    copied.blocks = nn.ModuleList(fx.symbolic_trace(block) for block in copied.blocks)
+    return copied.train(model.training)
 
 
 def make_sgd(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.SGD:
@@ -152,7 +162,7 @@ def search(model: DepthNetwork, data: DataSet, batch_size: int, warm_up_epochs: 
     data lies in the processor's memory. Returns the found depth, the best validation accuracies by depth and the test accuracy in
     percent, and the seconds of warm-up and of every depth.
     """
-    model.to(device)
+    model = plain(model).to(device)
     clock = [time.perf_counter()]
     warm_up(model, loader(data.train, data.normalisation, batch_size, shuffle=True), warm_up_epochs, 1e-3, device)
     clock.append(time.perf_counter())

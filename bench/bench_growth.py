@@ -89,6 +89,7 @@ def test_bench_growth(precision):
         results[name] = {"ratio": harness.ratio(times["baseline"], times["ours"]), "reach": REACH[name], "quiet": measured.quiet,
                          "milliseconds_a_step": {arm: harness.spread(each) for arm, each in times.items()}}
     print(f"\n{harness.machine()}\ngrowth, {precision}, milliseconds a step")
-    rows = [(name, *figures["milliseconds_a_step"].values(), f"{figures['ratio']:.2f}", figures["reach"]) for name, figures in results.items()]
+    rows = [(name, *figures["milliseconds_a_step"].values(), f"{figures['ratio']:.2f}", figures["reach"])
+            for name, figures in results.items()]
     print(harness.table([("against", "ours", "baseline", "ratio", "reach"), *rows]))
     harness.report(f"growth_{precision}", {"batch": BATCH, "steps_an_arm": STEPS, "cases": results})

@@ -15,7 +15,6 @@ product, and launches, its own graph nodes times what an empty one takes. It mak
 torch.compile, is given batches that lie ready.
 """
 
-import copy
 import itertools
 import statistics
 
@@ -37,7 +36,7 @@ from odn_fast.search.display import Silent
 from odn_fast.search.recorder import Recorder
 from odn_fast.search.state import RunState
 
-BATCH, STEPS, LR = 128, 3 if harness.QUICK else 12, 1e-4
+BATCH, STEPS, LR = *((16, 3) if harness.QUICK else (128, 12)), 1e-4
 SHAPE = (1, 28, 28)
 REACH_EPOCH, REACH_VALIDATION, REACH_FLOOR = 1.03, 1.1, 1.15
 DEPTHS = (1, 8) if harness.QUICK else range(1, 9)
@@ -90,13 +89,14 @@ def check_both_ways_agree():
 
     double = Double(batches.split, batches.normalisation, 16, seed=0)
     ours = backbone().double().at_depth(2)
-    theirs = copy.deepcopy(ours).to(memory_format=torch.contiguous_format)
+    theirs = authors.plain(backbone().double()).at_depth(2)
     optimizer, take = authors.make_sgd(theirs.parameters(), LR), engine_step(ours, double, "fp32")
     for x, y in itertools.islice(double.epoch("bench", 0), 5):
         take()
         authors.train_step(theirs, optimizer, x.contiguous(), y)
-    for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-9, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    reached = theirs.state_dict()
+    for name, mine in ours.state_dict().items():
+        torch.testing.assert_close(mine, reached[name], atol=1e-9, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -105,7 +105,7 @@ def test_step(precision):
     check_both_ways_agree()
     batches, depths, quiet = resident(), {}, True
     for depth in DEPTHS:
-        theirs = backbone().to(memory_format=torch.contiguous_format).at_depth(depth)
+        theirs = authors.plain(backbone()).at_depth(depth)
         arms = {"ours": engine_step(backbone().at_depth(depth), batches, precision), "authors": authors_step(theirs, batches)}
         measured = harness.measure(arms, repetitions=12, warm_up=2, patience=40)
         times, quiet = measured.times, quiet and measured.quiet
@@ -208,7 +208,7 @@ def check_first_losses(depth, batches):
     network, training = backbone("cuda").at_depth(depth), Training(LR)
     inputs = next(batches.inputs("bench", 0))
     x, y = batches.batch(*inputs)
-    plain = nn.functional.cross_entropy(backbone("cuda").at_depth(depth)(x), y).item()
+    plain = nn.functional.cross_entropy(backbone("cuda").extract(depth)(x), y).item()
     step = train_step(network, classification_loss, make_sgd(network, LR, 0.9, 5e-4, "cuda"), batches, FitConfig("bf16", "cuda"))
     step.begin_epoch(training)
     step(inputs, training)
