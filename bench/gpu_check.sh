@@ -3,6 +3,7 @@
 #   --op NAME        this op alone; may be given again (default: all)
 #   --wheels FOLDER  install missing packages from these wheels first
 #   --tune           tune block sizes before the benches
+#   --search         measure whole searches on MNIST (in $ODN_FAST_DATA) and first steps too: some minutes more
 #   --keep-going     measure although tests failed
 #   --no-build, --no-tests, --no-sanitizer, --no-benches
 # Needs python3 with torch (CUDA), triton, pytest, setuptools, pybind11, cmake and ninja. Full outputs go to
@@ -10,18 +11,19 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-ops=() wheels="" tune=0 keep_going=0 build=1 tests=1 sanitizer=1 benches=1
+ops=() wheels="" tune=0 search=0 keep_going=0 build=1 tests=1 sanitizer=1 benches=1
 while [ $# -gt 0 ]; do
   case "$1" in
     --op) ops+=("$2"); shift ;;
     --wheels) wheels="$2"; shift ;;
     --tune) tune=1 ;;
+    --search) search=1 ;;
     --keep-going) keep_going=1 ;;
     --no-build) build=0 ;;
     --no-tests) tests=0 ;;
     --no-sanitizer) sanitizer=0 ;;
     --no-benches) benches=0 ;;
-    *) sed -n '2,10p' "$0"; exit 2 ;;
+    *) sed -n '2,11p' "$0"; exit 2 ;;
   esac
   shift
 done
@@ -86,6 +88,7 @@ if [ "$benches" = 1 ]; then
   for bench in bench/bench_*.py; do
     op="$(basename "${bench#bench/bench_}" .py)"
     grep -q needs_gpu "$bench" || continue
+    [[ " first_step search " != *" $op "* ]] || [ "$search" = 1 ] || continue
     [ ${#ops[@]} = 0 ] || [[ " ${ops[*]} " = *" $op "* ]] || continue
     files+=("$bench")
     grep -q 'def cuda_cases' "$bench" && compiled+=("$op")
@@ -102,7 +105,7 @@ if [ "$tune" = 1 ]; then
 fi
 
 if [ ${#files[@]} != 0 ]; then
-  attempt benches timeout 400 python3 -m pytest -q -s -m gpu "${files[@]}" || failed+=(benches)
+  attempt benches timeout $((400 + 500 * search)) python3 -m pytest -q -s -m gpu "${files[@]}" || failed+=(benches)
   step summary python3 bench/harness_cuda.py
   cat "$log/summary.txt"
   if [ -n "${OUT:-}" ]; then cp bench/results/nvidia-*-"$(date +%Y-%m-%d)".json "$log"; fi
