@@ -68,6 +68,16 @@ def test_it_stays_frozen_and_the_network_as_it_was():
     assert all(p.requires_grad for p in network.parameters())
 
 
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_it_is_made_where_its_network_lies(device):
+    given = []
+    network = cifar_resnet(20, 10).to(device)
+    teacher = teacher_of(network, None, (3, 8, 8), "t", mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert {tensor.device.type for tensor in teacher.state_dict().values()} == {device}
+    teacher._input = lambda x: given.append(x.device.type) or x
+    assert teacher._map_shapes(block_names(network), network.conv1.weight.device) == teacher.map_shapes and given == [device]
+
+
 def test_any_module_with_named_maps():
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, 2), nn.BatchNorm2d(6),
                             nn.Flatten(), nn.LazyLinear(5))

@@ -27,7 +27,7 @@ class Teacher(nn.Module):
     """A frozen network with batch norm folded, its logits and its inner maps.
 
     Args:
-        network: a trained module that `torch.fx` traces; it is copied.
+        network: a trained module that `torch.fx` traces, on any device; it is copied.
         names: submodules whose outputs are the maps v_1..v_m, in the order in which they are computed.
         input_shape: (C, H, W) of its images.
         name: what reports call it.
@@ -50,12 +50,13 @@ class Teacher(nn.Module):
         self.params, self.flops = size.params, size.growth_flops
         self._folded = FoldedNetwork(copy.deepcopy(network).eval(), _map_tracer(network, names))
         self._parts: dict[tuple[int, ...], fx.GraphModule] = {}
+        device = next(network.parameters()).device
         if mean is not None:
-            self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-            self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+            self.register_buffer("mean", torch.tensor(mean, device=device).view(-1, 1, 1))
+            self.register_buffer("std", torch.tensor(std, device=device).view(-1, 1, 1))
         self.standardises = mean is not None
         self._check(names)
-        self.map_shapes = self._map_shapes(names)
+        self.map_shapes = self._map_shapes(names, device)
 
     def _check(self, names: Sequence[str]):
         found = {node.meta["map"] for node in self._folded.graph.graph.nodes if "map" in node.meta}
@@ -64,8 +65,8 @@ class Teacher(nn.Module):
             raise ValueError(f"teacher {self.name}: {missing[0] if missing else 'no names'}: expected names of submodules whose "
                              "output is one feature map")
 
-    def _map_shapes(self, names: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
-        maps = self.maps(torch.zeros(1, *self.input_shape), range(1, len(names) + 1))
+    def _map_shapes(self, names: Sequence[str], device: torch.device) -> tuple[tuple[int, int, int], ...]:
+        maps = self.maps(torch.zeros(1, *self.input_shape, device=device), range(1, len(names) + 1))
         shapes = tuple(tuple(x.shape[1:]) for x in maps)
         for name, shape, (before, after) in zip(names[1:], shapes[1:], zip(shapes, shapes[1:])):
             if after[1] > before[1] or after[2] > before[2]:
