@@ -86,6 +86,10 @@ class CapturedStep(TrainStep):
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], int]] = {}
         self._sums: tuple[Tensor, Tensor] | None = None
         self._pool = torch.cuda.graph_pool_handle()  # shared: the graphs of one training never run at once
+        # One for every capture: each stream that multiplies matrices has a workspace for ever, which graphs replayed beside each
+        # other must not share. Of a priority of its own: streams are handed out again after 32 of a priority, and no training
+        # may launch on a stream that another one is capturing.
+        self._stream = torch.cuda.Stream(self.config.device, priority=-1)
 
     def begin_epoch(self, training: Training):
         if self._sums is None:
@@ -107,21 +111,22 @@ class CapturedStep(TrainStep):
     def _captured(self, inputs: tuple[Tensor, ...], training: Training) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], int]:
         given = tuple(tensor.clone() for tensor in inputs)
         with _capturing:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side), unchanged(self.model, self.optimizer):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream), unchanged(self.model, self.optimizer):
                 for _ in range(_WARM_UP):
                     total, correct, images = self.run(*given)
                 if self._sums is None:
                     self._sums = torch.zeros_like(total), torch.zeros_like(correct)
                     self.begin_epoch(training)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._stream)
             self.optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     total, correct, images = self.run(*given)
                     torch._foreach_add_(list(self._sums), [total, correct])
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise CaptureError("the training step cannot be captured as a CUDA graph, because it waits for the GPU or allocates "
                                    "outside PyTorch; change the model, or give --set run.capture=false "
@@ -166,7 +171,9 @@ def make_sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, 
 
 def make_adam(model: nn.Module, lr: float, device: str) -> torch.optim.Adam:
     """Adam in one launch."""
-    return _named(lr, torch.optim.Adam(model.parameters(), _rate(lr, device), fused=True, capturable=_on_gpu(device)))
+    optimizer = torch.optim.Adam(model.parameters(), _rate(lr, device), fused=True, capturable=_on_gpu(device))
+    optimizer._warned_capturable_if_run_uncaptured = True  # steps before a capture are none to warn of
+    return _named(lr, optimizer)
 
 
 def _named(lr: float, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
