@@ -102,7 +102,7 @@ def compiled(case: Expand | Growth, precision: str, device: str, new: bool, x, y
 def one(arm: str, name: str, precision: str, device: str) -> dict[str, float]:
     """In a process of its own: seconds to the end of the first steps of the former network and of the new one, its loss, and the
     seconds of a later step."""
-    harness.prepare(threads=2)
+    harness.prepare(threads=2 if device == "cpu" else None)
     change, _, size = name.partition(", ")
     case = {"depth": Expand, "student": Growth}[change](device, int(size.partition("x")[0]))
     x, y = next(case.batches.epoch("bench", 0))

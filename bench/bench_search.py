@@ -81,8 +81,8 @@ def theirs(work: Work) -> dict:
 
 def one(arm: str, work: str, folder: str) -> dict:
     """In a process of its own: one search. work: the fields of a `Work`, as JSON."""
-    harness.prepare(threads=2)
     work = Work(**json.loads(work))
+    harness.prepare(threads=2 if work.device == "cpu" else None)
     return theirs(work) if arm == "authors" else ours(work, arm.split()[1], folder)
 
 
