@@ -89,17 +89,18 @@ def _decoded(pictures: Pictures, requests: Iterable[Request]) -> Iterator[Tensor
             if plain:
                 raise DataError(f"{pictures.root}: DALI cannot go on ({_reason(error)}); choose --loader torch") from error
             fed.close()
-            plain, coming = not _trace(pictures, waiting[0] if waiting else first), chain(list(waiting), coming)
+            plain, coming = not _trace(pictures, list(waiting) or [first]), chain(list(waiting), coming)
             waiting.clear()
         finally:
             fed.close()
 
 
-def _trace(pictures: Pictures, request: Request) -> bool:
-    """Whether some of the pictures are damaged that were not known to be."""
+def _trace(pictures: Pictures, requests: list[Request]) -> bool:
+    """Whether some of the pictures are damaged that were not known to be. DALI may fail a batch or two ahead of the one at hand."""
     known = len(pictures.damage.found)
+    positions = [position for request in requests for position in request.positions]
     with ThreadPoolExecutor(max_workers=thread_count()) as threads:
-        list(threads.map(lambda position: pictures.read(position, lambda file: bool(read_picture(file, "RGB"))), request.positions))
+        list(threads.map(lambda position: pictures.read(position, lambda file: bool(read_picture(file, "RGB"))), positions))
     return len(pictures.damage.found) > known
 
 
