@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -13,6 +14,7 @@ from odn_fast.config import ExpandConfig, flat
 from odn_fast.export import describe
 from odn_fast.predict import Predictor
 from odn_fast.predict import main as predict
+from odn_fast.search import __main__ as command
 from odn_fast.search.__main__ import main
 
 QUICK = ["--limit-train", "100", "--batch-size", "20", "--warm-up-epochs", "0", "--max-depth", "1", "--epochs-per-depth", "2",
@@ -102,6 +104,17 @@ def test_out_that_is_not_empty_is_status_2_and_untouched(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main([*QUICK, "--out", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err and (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), MemoryError()])
+def test_memory_that_is_used_up_is_one_line_and_status_1(monkeypatch, capsys, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setitem(command._SEARCHES, ExpandConfig, full)
+    assert main([]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "memory is used up" in said and "--batch-size" in said
 
 
 def test_help_names_every_option_with_its_default(capsys):

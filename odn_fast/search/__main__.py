@@ -5,6 +5,8 @@ import sys
 import warnings
 from typing import Any
 
+import torch
+
 from ..config import Config, ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig, from_values, read_yaml
 from ..engine import Interrupted
 from ..record import FolderError, RunError
@@ -67,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(display, error, 2)
     except RunError as error:
         return _fail(display, error, 1)
+    except torch.OutOfMemoryError:
+        return _fail(display, "the GPU's memory is used up; start again with a smaller --batch-size (or fewer --workers, or a smaller "
+                              "--cache-gib)", 1)
     except MemoryError:
         return _fail(display, "memory is used up; take a smaller --batch-size or --image-size, then go on with --resume", 1)
     except OSError as error:
