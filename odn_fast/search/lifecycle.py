@@ -194,6 +194,8 @@ def at_work(config: ExpandConfig | GrowConfig, checksum: str, folder: RunFolder,
         after.callback(torch.set_num_threads, threads)
         after.callback(display.close)
         torch.set_num_threads(config.run.threads)
+        if torch.device(config.run.device).type == "cuda":
+            after.enter_context(torch.cuda.device(config.run.device))  # what names no device means this one
         stored = {"config": flat(config), "environment": run_environment(config), "data": checksum, **header}
         recorder = Recorder(folder, display, interrupts, state, stored, config.run.checkpoint_minutes)
         fit_config = FitConfig(resolve_precision(config.run.precision, config.run.device), config.run.device, config.run.capture)
