@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import pytest
@@ -152,15 +153,21 @@ def test_optimizers_go_on_from_what_was_saved():
             assert torch.equal(first, second)
 
 
+@pytest.fixture
+def near(monkeypatch):
+    """Asserts that two tensors are as near as two trainings come to each other on a GPU, whose libraries may choose anew."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    return partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+
+
 @on_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_captured_epoch_is_an_eager_one(precision):
-    torch.backends.cudnn.deterministic = True
+def test_a_captured_epoch_is_an_eager_one(precision, near):
     captured, sums = train("cuda", config=FitConfig(precision, "cuda"))
     eager, expected = train("cuda", config=FitConfig(precision, "cuda", capture=False))
     for name, tensor in eager.items():
-        torch.testing.assert_close(captured[name], tensor, msg=lambda text: f"{name}: {text}")
-    torch.testing.assert_close(sums.loss_sum, expected.loss_sum)
+        near(captured[name], tensor, msg=lambda text: f"{name}: {text}")
+    near(sums.loss_sum, expected.loss_sum)
     assert torch.equal(sums.correct, expected.correct) and sums.images == expected.images == 70
 
 
@@ -206,7 +213,7 @@ def test_a_model_that_waits_is_refused_in_one_line():
 
 
 @on_gpu
-def test_an_epoch_resumed_in_its_middle_goes_on_with_its_sums():
+def test_an_epoch_resumed_in_its_middle_goes_on_with_its_sums(near):
     whole, expected = train("cuda", epochs=1)
     model = network_on("cuda")
     optimizer, batches, training = make_sgd(model, 0.05, 0.9, 5e-4, "cuda"), batches_on("cuda"), Training(0.05)
@@ -217,5 +224,5 @@ def test_an_epoch_resumed_in_its_middle_goes_on_with_its_sums():
     again = make_sgd(model, 0.05, 0.9, 5e-4, "cuda")
     load_optimizer(again, copy.deepcopy(optimizer.state_dict()))
     train_epoch(train_step(model, classification_loss, again, batches, FitConfig(device="cuda")), FitData(batches, "k"), Note(), training)
-    torch.testing.assert_close(training.loss_sum, expected.loss_sum)
+    near(training.loss_sum, expected.loss_sum)
     assert training.images == 70
