@@ -96,10 +96,14 @@ def _scores(
 
 @triton.jit
 def _weights(
-    products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std, column, positions, columns: tl.constexpr,
+    q_ptr, k_ptr, row, column, positions, mean_ptr, std_ptr,
+    rows: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, raw: tl.constexpr, dot: tl.constexpr,
     standardize: tl.constexpr,
 ):  # fmt: skip
-    """A, what scales S per row and per column, and e, the mean of R."""
+    """A, what scales S per row and per column, e, the mean of R, and all of `_scores` but S."""
+    products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std = _scores(
+        q_ptr, k_ptr, row, column, positions, mean_ptr, std_ptr, rows, columns, tile, raw, dot
+    )
     root = tl.sqrt(positions.to(tl.float32))
     difference = (q_pivot[:, None] - k_pivot[None, :]) + (q_mean[:, None] - k_mean[None, :])
     if standardize:
@@ -112,7 +116,8 @@ def _weights(
     logits = tl.where((column < columns)[None, :], products * q_scale[:, None] * k_scale[None, :], float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     weights /= tl.sum(weights, 1)[:, None]
-    return weights, q_scale, k_scale, tl.sum(weights * difference, 1)
+    error = tl.sum(weights * difference, 1)
+    return weights, q_scale, k_scale, error, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std
 
 
 @triton.jit
@@ -181,12 +186,9 @@ def projection(
     column = tl.arange(0, block_columns)
     q_ptr += image * positions * rows
     k_ptr += image * positions * columns
-    products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std = _scores(
-        q_ptr, k_ptr, row, column, positions, None, None, rows, columns, tile, raw, dot
+    weights, _, _, _, _, _, _, k_pivot, k_mean, _ = _weights(
+        q_ptr, k_ptr, row, column, positions, None, None, rows, columns, tile, raw, dot, standardize
     )
-    weights = _weights(
-        products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std, column, positions, columns, standardize
-    )[0]
     operand = tl.trans(weights).to(dot)
     # A K, of K less its pivots; what rounding took from A is made up for where it meets the means.
     shift = tl.sum(weights * (k_pivot + k_mean)[None, :] - weights.to(dot).to(tl.float32) * k_mean[None, :], 1)
@@ -210,11 +212,8 @@ def projection_backward(
     q_ptr += image * positions * rows
     grad_ptr += image * positions * rows
     k_ptr += image * positions * columns
-    products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std = _scores(
-        q_ptr, k_ptr, row, column, positions, None, None, rows, columns, tile, raw, dot
-    )
-    weights, q_scale, k_scale, error = _weights(
-        products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std, column, positions, columns, standardize
+    weights, q_scale, k_scale, error, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std = _weights(
+        q_ptr, k_ptr, row, column, positions, None, None, rows, columns, tile, raw, dot, standardize
     )
     zero = tl.zeros_like(q_mean)
     products = tl.zeros([block_rows, block_columns], tl.float32)
@@ -257,11 +256,8 @@ def loss(
     if mean_ptr is not None:
         mean_ptr += image * columns
         std_ptr += image * columns
-    products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std = _scores(
-        q_ptr, k_ptr, row, column, positions, mean_ptr, std_ptr, rows, columns, tile, raw, dot
-    )
-    weights, q_scale, k_scale, error = _weights(
-        products, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std, column, positions, columns, standardize
+    weights, q_scale, k_scale, error, q_pivot, q_mean, q_std, k_pivot, k_mean, k_std = _weights(
+        q_ptr, k_ptr, row, column, positions, mean_ptr, std_ptr, rows, columns, tile, raw, dot, standardize
     )
     operand = tl.trans(weights).to(dot)
     if raw:  # what rounding took: the loss is to be accurate
