@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 INTERPRETED = triton.knobs.runtime.interpret  # under TRITON_INTERPRET=1, read when Triton is first imported
 OLDEST_CAPABILITY = (8, 0)
+HOPPER = 90
 DTYPES = (torch.float32, torch.bfloat16)
 LARGEST = 2**31 - 1  # kernels index with 32 bits
 
@@ -41,6 +42,7 @@ def jit(function):
 
 _variants: dict = {}  # compiled kernels, by what they were compiled for
 _recorded: list | None = None  # compiled kernels since `compiling` began
+_compiled_for = HOPPER  # meanwhile
 
 
 def launch(
@@ -88,7 +90,7 @@ def compiling(capability: int, warp_size: int = 32) -> Iterator[list]:
     capability: 80, 90 or 100. Launchers take meta tensors. Not in an interpreted process; nothing can be launched in
     this process afterwards.
     """
-    global _recorded
+    global _recorded, _compiled_for
 
     class Driver:
         def get_current_target(self):
@@ -100,12 +102,12 @@ def compiling(capability: int, warp_size: int = 32) -> Iterator[list]:
         def get_current_stream(self, device):
             return 0
 
-    _recorded = []
+    _recorded, _compiled_for = [], capability
     triton.runtime.driver.set_active(Driver())
     try:
         yield _recorded
     finally:
-        _recorded = None
+        _recorded, _compiled_for = None, HOPPER
 
 
 def cdiv(a: int, b: int) -> int:
@@ -134,6 +136,17 @@ def _processors(index: int) -> int:
 def device_name(device: torch.device) -> str:
     """As the tables of block sizes name it; that of an H200 where there is none."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "NVIDIA H200"
+
+
+def is_hopper(tensor: Tensor) -> bool:
+    """Whether the tensor's device is of compute capability 9.0, whose compiled kernels leave room for larger blocks."""
+    return (_capability(tensor.device.index) if tensor.device.type == "cuda" else _compiled_for) == HOPPER
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 # ---- what a launcher can take

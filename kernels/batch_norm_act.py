@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import INTERPRETED, cdiv, counter, dense, jit, launch, next_power_of_2, processors, relu, rounded, wait_for_all
+from ._common import INTERPRETED, cdiv, counter, dense, is_hopper, jit, launch, next_power_of_2, processors, relu, rounded, wait_for_all
 from ._tuned import blocks
 
 _interpreted = tl.constexpr(INTERPRETED)
@@ -356,11 +356,10 @@ def batch_norm_act_train_backward(
 
 def _run(kernel, x: Tensor, backward: bool, added: bool, relu: bool, eps: float, *tensors: Tensor | None) -> None:
     """Launch `kernel` for maps like x; `added`: with a residual or, backward, with y."""
-    batch, channels, height, width = x.shape
-    pixels = batch * height * width
+    channels, pixels = x.shape[1], x.numel() // x.shape[1]
     same = channels, x.element_size(), int(backward), int(added)
     name = "batch_norm_act_backward" if backward else "batch_norm_act_forward"
-    choice = blocks(name, x, same, pixels, default=_default(same, pixels))
+    choice = blocks(name, x, same, pixels, default=_default(same, pixels, is_hopper(x)))
     columns = choice["columns"]
     grid_wide = choice["grid"] and not INTERPRETED
     column_blocks = cdiv(channels, columns)
@@ -408,11 +407,12 @@ def _sizes(same: tuple[int, ...], columns: int, fewest=0, grid=1, programs=1, nu
     }  # fmt: skip
 
 
-def _default(same: tuple[int, ...], pixels: int) -> dict[str, int]:
-    channels = same[0]
-    if pixels <= 2048 and channels >= 256:  # one program owns all pixels of a few channels
-        return _sizes(same, 16 if channels >= 1024 else 8, fewest=2048)
-    return _sizes(same, min(32, next_power_of_2(channels)))
+def _default(same: tuple[int, ...], pixels: int, hopper: bool) -> dict[str, int]:
+    channels, _, backward, _ = same
+    few = pixels <= 2048 and channels >= 256  # one program owns all pixels of a few channels
+    columns = (16 if channels >= 1024 else 8) if few else min(32, next_power_of_2(channels))
+    sizes = _sizes(same, columns, fewest=2048 if few else 0)
+    return sizes if hopper or backward else {**sizes, "unroll": sizes["unroll"] // 2}
 
 
 def candidates(same: tuple[int, ...]) -> list[dict[str, int]]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import channel_attention_sweeps as sweeps
-from ._common import LARGEST, cdiv, counter, dense, dot_dtype, jit, launch, next_power_of_2, rounded
+from ._common import LARGEST, cdiv, counter, dense, dot_dtype, is_hopper, jit, launch, next_power_of_2, rounded
 from ._common import why_not as why_not_tensors
 from ._tuned import blocks
 from .channel_attention_at_once import at_once, moments
@@ -64,18 +64,23 @@ def _padded(extent: int) -> int:
 
 
 def _sweep_sizes(rows: int, columns: int, raw: bool) -> dict[str, int]:
-    block_rows = max(16, min(rows, (4096 if raw else 2048) // columns))
+    block_rows = max(16, min(rows, 4096 // columns) if raw else min(rows, columns, 2048 // columns))
     widest = max(block_rows, columns)
-    tile = max(16, min(128, 4096 // widest)) if raw else 32 if widest < 512 else 16
+    if raw:
+        tile, warps = max(16, min(128, 4096 // widest)), 8
+    elif rows == columns == 16:
+        tile, warps = 32, 4
+    else:
+        tile, warps = 64 if widest == 16 else 32 if widest < 512 else 16, 8
     return {
         "at_once": 0, "block_rows": block_rows, "block_columns": columns, "tile": tile,
-        "num_warps": 8 if raw or widest > 16 else 4, "num_stages": 2 if raw else 1,
+        "num_warps": warps, "num_stages": 2 if raw else 1,
     }  # fmt: skip
 
 
-def _sizes(rows: int, columns: int, tile: int, raw: bool) -> dict[str, int]:
+def _sizes(rows: int, columns: int, tile: int, raw: bool, hopper: bool) -> dict[str, int]:
     """Found by compiling: what needs no spills, in as few programs as there can be."""
-    most = 8192 // tile
+    most = (8192 if hopper else 4096) // tile
     if (columns <= 128 and not raw) or (tile > 256 and most < columns // 2 and columns <= MOST_TEACHER_CHANNELS):
         return _sweep_sizes(rows, columns, raw)
     warps, stages = 8, 1
@@ -86,7 +91,7 @@ def _sizes(rows: int, columns: int, tile: int, raw: bool) -> dict[str, int]:
     elif columns <= 2 * most:
         block_rows, block_columns = min(rows, max(16, most)), columns
     else:
-        block_rows, block_columns, warps, stages = 16, min(64, 2 * most), 4, 2
+        block_rows, block_columns, warps, stages = 16, min(64, 2 * most), 4 if hopper else 8, 2
     return {
         "at_once": 1, "block_rows": block_rows, "block_columns": block_columns, "tile": tile,
         "num_warps": warps, "num_stages": stages,
@@ -109,7 +114,7 @@ def _choice(kernel: str, student: Tensor, teacher: Tensor, *others: Tensor) -> _
         same, default = (rows, columns), _sweep_sizes(_padded(rows), _padded(columns), raw)
     else:
         tile = _padded(positions)
-        same, default = (rows, columns, tile), _sizes(_padded(rows), _padded(columns), tile, raw)
+        same, default = (rows, columns, tile), _sizes(_padded(rows), _padded(columns), tile, raw, is_hopper(student))
     choice = blocks(kernel, teacher, same, positions, default)
     if choice["at_once"]:
         choice = {**choice, "tile": _padded(positions)}

@@ -33,12 +33,20 @@ def _centre(map_ptr, position, channel, positions, channels: tl.constexpr, raw: 
     # Around the first value, so that what is constant has a deviation of exactly zero.
     first = tl.load(map_ptr + channel, mask=channel < channels, other=0).to(tl.float32)
     less = tl.where(inside, tile.to(tl.float32) - first[None, :], 0.0)
-    mean = tl.sum(less, 0) / positions
+    mean = _sum_of_positions(less) / positions
     if raw:
-        variance = tl.sum(less * less, 0) / positions - mean * mean
+        variance = _sum_of_positions(less * less) / positions - mean * mean
         return tile.to(dot), first + mean, tl.sqrt(tl.where(variance < 0, 0.0, variance))
     less = tl.where(inside, less - mean[None, :], 0.0)
-    return less.to(dot), first + mean, tl.sqrt(tl.sum(less * less, 0) / positions)
+    return less.to(dot), first + mean, tl.sqrt(_sum_of_positions(less * less) / positions)
+
+
+@triton.jit
+def _sum_of_positions(tile):
+    """Per channel. Along the first dimension, Triton 3.6 would sum again in the layout of what the sums meet later, of
+    which every warp holds all: of large tiles, more than there are registers."""
+    large: tl.constexpr = tile.shape[0] * tile.shape[1] > 4096
+    return tl.sum(tl.trans(tile), 1) if large else tl.sum(tile, 0)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import cdiv, counter, dense, dot_dtype, is_last, jit, launch, next_power_of_2, processors, relu, rounded
+from ._common import cdiv, counter, dense, dot_dtype, is_hopper, is_last, jit, launch, next_power_of_2, processors, relu, rounded
 from ._tuned import blocks
 
 # ---- device functions, shared with the backward pass
@@ -358,13 +358,14 @@ def separable_conv_train(x, dw, pw, bn_weight, bn_bias, residual, stride, eps, r
 
 
 def default_tiles(same: tuple[int, ...], x: Tensor) -> dict[str, int]:
-    """Tiles without spills, 8 or 16 elements of the depthwise output a thread."""
+    """Tiles without spills, 4 to 16 elements of the depthwise output a thread."""
     largest = max(padded(same[0], 64), padded(same[1], 64))
-    if largest == 16:
-        return {"BM": 64, "num_warps": 4, "waves": 4}
-    if largest == 32 or x.dtype == torch.bfloat16:
-        return {"BM": 64, "num_warps": 8, "waves": 2}
-    return {"BM": 32, "num_warps": 8, "waves": 2}
+    tile, warps = 64, 4 if largest == 16 else 8
+    if largest == 64 and x.dtype == torch.float32:
+        tile = 32
+    elif not (is_hopper(x) or same[3]):
+        tile, warps = 32, 4 if largest < 64 else 8
+    return {"BM": tile, "num_warps": warps, "waves": 16 // warps}
 
 
 def input_block(x: Tensor) -> int:
