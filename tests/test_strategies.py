@@ -301,8 +301,10 @@ def test_deeper_depths_that_had_ended_before_are_kept(tmp_path, monkeypatch):
     step, conclude = Recorder.step, depths._finished
 
     def wait(recorder, model, optimizer, training):
-        if recorder._state.phase == "search" and recorder._state.depth == 1 and training.epoch:
-            while not finished.is_set():  # for depth 3
+        if recorder._state.phase == "search" and recorder._state.depth < 3:
+            deadline = time.monotonic() + 60
+            while not finished.is_set():  # for depth 3, which the end of another would give up
+                assert time.monotonic() < deadline, "depth 3 has not ended"
                 recorder._look_up()
                 time.sleep(0.01)
         step(recorder, model, optimizer, training)
