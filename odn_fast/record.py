@@ -18,6 +18,7 @@ import os
 import pickle
 import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class RunFolder:
         self.warnings: list[str] = []
         self._lock = self._locked()
         self._events = self._opened(self.path / "events.jsonl")
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
 
     @classmethod
     def create(cls, path: str | Path, config_text: str) -> "RunFolder":
@@ -84,9 +87,13 @@ class RunFolder:
         return run
 
     def close(self):
-        with contextlib.suppress(OSError):  # a full disk was reported when the event was written
-            self._events.close()
-        self._lock.close()
+        try:
+            self.settle()
+        finally:
+            self._writer.shutdown()
+            with contextlib.suppress(OSError):  # a full disk was reported when the event was written
+                self._events.close()
+            self._lock.close()
 
     def __enter__(self):
         return self
@@ -113,9 +120,9 @@ class RunFolder:
 
     def save_state(self, name: str, state: dict):
         """Write `checkpoints/<name>.ckpt`: tensors and plain values, checksummed."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        payload = buffer.getbuffer()
+        self._write_state(name, _packed(state))
+
+    def _write_state(self, name: str, payload: memoryview):
         digest = hashlib.sha256(payload).hexdigest().encode()
         with self.reporting(f"checkpoints/{name}.ckpt"):
             write_atomically(self.path / "checkpoints" / f"{name}.ckpt", _MAGIC, digest + b"\n", payload)
@@ -136,12 +143,27 @@ class RunFolder:
             raise RunError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
 
     def save_checkpoint(self, state: dict):
-        """Write the next numbered checkpoint and drop all but the last two. Events up to here belong to it."""
+        """Write the next numbered checkpoint and drop all but the last two. Events up to here belong to it.
+
+        The state is copied before this returns; a thread waits for the disk, which takes longer than all else at an epoch's
+        end. What goes wrong there is raised by the next checkpoint, `settle` or `close`.
+        """
+        payload = _packed({"events_bytes": self._events.tell(), "state": state})
+        self.settle()
+        self._writing = self._writer.submit(self._write_checkpoint, payload)
+
+    def settle(self):
+        """Wait until the last checkpoint is on the disk. Raises RunError where it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write_checkpoint(self, payload: memoryview):
         with self.reporting("events.jsonl"):
             os.fsync(self._events.fileno())
         numbers = self._numbers()
         number = numbers[-1] + 1 if numbers else 1
-        self.save_state(f"{number:06}", {"events_bytes": self._events.tell(), "state": state})
+        self._write_state(f"{number:06}", payload)
         for old in numbers[:1 - _KEPT]:
             (self.path / "checkpoints" / f"{old:06}.ckpt").unlink(missing_ok=True)
 
@@ -151,6 +173,7 @@ class RunFolder:
         A damaged one is passed over, renamed, and named in `warnings`. Raises RunError if every one is damaged, or if
         there is none although the run had come to a result at some depth or stage.
         """
+        self.settle()
         numbers = self._numbers()
         damaged = []
         for number in reversed(numbers):
@@ -175,7 +198,8 @@ class RunFolder:
         return None
 
     def drop_states(self, pattern: str):
-        """Remove named states that are no longer needed."""
+        """Remove named states that are no longer needed from the last checkpoint on."""
+        self.settle()
         for path in (self.path / "checkpoints").glob(f"{pattern}.ckpt"):
             path.unlink(missing_ok=True)
 
@@ -216,6 +240,12 @@ class RunFolder:
             remedy = "free space" if full else "make the folder writable"
             raise RunError(f"{self.path / name}: cannot be written ({error.strerror}); nothing before it is lost: "
                            f"{remedy}, then go on with --resume {self.path}") from None
+
+
+def _packed(state: dict) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
 
 
 def write_atomically(path: Path, *parts: bytes):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def reopened(run):
 def test_checkpoints_come_back_and_two_are_kept(run):
     for step in range(4):
         run.save_checkpoint({"step": step, "weights": torch.full((3,), float(step))})
+    run.settle()
     assert checkpoints(run) == ["000003.ckpt", "000004.ckpt"]
     with reopened(run) as again:
         state = again.load_checkpoint()
@@ -48,6 +50,7 @@ def test_damaged_newest_checkpoint_falls_back_and_says_so(run, damage):
     run.save_checkpoint({"step": 1})
     run.event("epoch", epoch=2)
     run.save_checkpoint({"step": 2})
+    run.settle()
     path = run.path / "checkpoints" / "000002.ckpt"
     path.write_bytes(damage(path.read_bytes()))
     with reopened(run) as again:
@@ -61,6 +64,7 @@ def test_damaged_newest_checkpoint_falls_back_and_says_so(run, damage):
 
 def test_all_damaged_is_an_error(run):
     run.save_checkpoint({"step": 1})
+    run.settle()
     (run.path / "checkpoints" / "000001.ckpt").write_bytes(b"nothing")
     with reopened(run) as again, pytest.raises(RunError, match="none of 1 can be read"):
         again.load_checkpoint()
@@ -142,18 +146,34 @@ def test_no_run_folder(tmp_path):
         RunFolder.open(tmp_path)
 
 
-def test_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
+@pytest.mark.parametrize("noticed", ["settle", "close", "load_checkpoint", "save_checkpoint"])
+def test_full_disk_leaves_the_last_checkpoint(run, monkeypatch, noticed):
     run.save_checkpoint({"step": 1})
+    run.settle()
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
+        run.save_checkpoint({"step": 2})
         with pytest.raises(RunError, match="No space left.*free space, then go on with --resume"):
-            run.save_checkpoint({"step": 2})
+            getattr(run, noticed)(*[{"step": 3}] * (noticed == "save_checkpoint"))
     assert checkpoints(run) == ["000001.ckpt"]
-    assert run.load_checkpoint() == {"step": 1}
+    with reopened(run) as again:
+        assert again.load_checkpoint() == {"step": 1}
+
+
+def test_a_state_may_change_while_it_is_written(run, monkeypatch):
+    weights, written, fsync = torch.zeros(3), threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: written.wait(10) and fsync(file))
+    run.save_checkpoint({"weights": weights})
+    weights.add_(1)
+    run.event("later")
+    assert not checkpoints(run)
+    written.set()
+    with reopened(run) as again:
+        assert not again.load_checkpoint()["weights"].any() and again.events() == []
 
 
 def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
