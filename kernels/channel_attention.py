@@ -84,14 +84,15 @@ def _sizes(rows: int, columns: int, tile: int, raw: bool, hopper: bool) -> dict[
     if (columns <= 128 and not raw) or (tile > 256 and most < columns // 2 and columns <= MOST_TEACHER_CHANNELS):
         return _sweep_sizes(rows, columns, raw)
     warps, stages = 8, 1
+    few_warps = 4 if hopper else 8
     if not raw:
         block_rows, block_columns = 16, 16
     elif tile <= 64:
-        block_rows, block_columns, warps = min(rows, 32), min(columns, 64), 4
+        block_rows, block_columns, warps = min(rows, 32), min(columns, 64), few_warps
     elif columns <= 2 * most:
         block_rows, block_columns = min(rows, max(16, most)), columns
     else:
-        block_rows, block_columns, warps, stages = 16, min(64, 2 * most), 4 if hopper else 8, 2
+        block_rows, block_columns, warps, stages = 16, min(64, 2 * most), few_warps, 2
     return {
         "at_once": 1, "block_rows": block_rows, "block_columns": block_columns, "tile": tile,
         "num_warps": warps, "num_stages": stages,
