@@ -97,7 +97,7 @@ def _conclude(search: Search, crew: Crew, view: Search, outcome: str | BaseExcep
         ended = state.ended | {depth: rule.passed(view.state.training)}
         for deeper in in_order(search.config.search.initial_depth, search.last_depth, ended, crew.depths).cancelled:
             crew.cancel(deeper)
-        with crew.pause.alone():  # networks are traced, latency is measured
+        with crew.pause.alone():  # networks are traced
             state.trained.append(_finished(view, rule, outcome))
             state.under_way.pop(depth, None)
 

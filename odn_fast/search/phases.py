@@ -6,7 +6,7 @@ The search itself is in depths.py.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import fx, nn
@@ -15,16 +15,19 @@ from .. import __version__, export
 from ..config import ExpandConfig
 from ..data import DataSet, Split, training_batches
 from ..engine import (
-    Convergence, CosineEpochs, FitConfig, Training, accuracy, classification_loss, exit_confusions, make_sgd, measure_latency)
+    Convergence, CosineEpochs, FitConfig, Training, accuracy, classification_loss, exit_confusions, make_sgd)
 from ..machine import environment
-from ..models import DepthNetwork, FoldedNetwork, NetworkAtAllDepths, profile
+from ..models import DepthNetwork, FoldedNetwork, NetworkAtAllDepths
 from ..record import RunError, RunFolder
 from .display import Display, Silent
 from .lifecycle import conclude
-from .preview import depth_latencies
 from .recorder import Recorder
 from .state import RunState
 from .training import Plan, best_so_far, confusion_of, split_batches, train
+
+
+_SIZE = ("params", "state_bytes", "macs")
+_LATENCY = ("latency_ms", "latency_low_ms", "latency_high_ms")
 
 
 @dataclass
@@ -40,6 +43,14 @@ class Search:
     state: RunState
     recorder: Recorder
     fit_config: FitConfig
+
+    @cached_property
+    def rows(self) -> list[dict]:
+        """Size and latency of every depth, measured together as the run began, so that one can be compared with another."""
+        tables = [event["rows"] for event in self.folder.events() if event["event"] == "table"]
+        if not tables:
+            raise RunError(f"{self.folder.path}/events.jsonl: has no table of depths; restore the file from a copy")
+        return tables[-1]
 
     @property
     def last_depth(self) -> int:
@@ -174,15 +185,13 @@ def save_network(search: Search, place: str, weights: dict, accuracies: dict):
     """Write an artefact, with its size, work and latency in the manifest."""
     config, data, depth = search.config, search.data, search.state.depth
     network = _extracted(search, depth, weights)
-    latency = measure_latency(FoldedNetwork(network).to(config.run.device), data.input_shape)
-    size = profile(search.model, data.input_shape, depth)
+    row = search.rows[depth - 1]
     manifest = {"odn_fast": __version__, **environment(), "seed": config.run.seed, "threads": config.run.threads,
                 "precision": search.fit_config.precision, "precision_requested": config.run.precision,
                 "model": config.model, "depth": depth, "dataset": data.name, "data_checksum": search.data_checksum,
                 "target_accuracy": config.search.target_accuracy, "tolerance": config.search.tolerance,
                 "target_met": search.state.target_met, **accuracies,
-                "params": size.params, "state_bytes": size.state_bytes, "macs": size.macs,
-                **latency.figures(), "latency_runs": latency.runs}
+                **{key: row[key] for key in (*_SIZE, *_LATENCY, "latency_runs")}}
     normalisation = data.normalisation
     description = export.Description(
         export.NetworkInput(data.input_shape, normalisation.scale, normalisation.mean, normalisation.std),
@@ -196,16 +205,14 @@ def _finish(search: Search):
     state, settings = search.state, search.config.search
     state.begin("finished", state.found)
     seconds = search.recorder.seconds()
-    latencies = depth_latencies(search.model, search.data.input_shape, search.config.run.device)
     trained = {entry["depth"]: entry for entry in state.trained}
     cancelled = {entry["depth"]: entry for entry in state.cancelled}
     depths = []
-    for depth, latency in enumerate(latencies, 1):
-        entry, size = trained.get(depth, {}), profile(search.model, search.data.input_shape, depth)
-        ended = entry or cancelled.get(depth, {})
-        depths.append({"depth": depth, "params": size.params, "state_bytes": size.state_bytes, "macs": size.macs, **latency,
-                       "trained": bool(entry), "validation_accuracy": entry.get("best_accuracy"),
-                       **{key: ended.get(key) for key in ("outcome", "epochs", "seconds")}})
+    for row in search.rows:
+        entry = trained.get(row["depth"], {})
+        ended = entry or cancelled.get(row["depth"], {})
+        depths.append({**{key: row[key] for key in ("depth", *_SIZE, *_LATENCY)}, "trained": bool(entry),
+                       "validation_accuracy": entry.get("best_accuracy"), **{key: ended.get(key) for key in ("outcome", "epochs", "seconds")}})
     found = state.readings["found"]
     state.readings["depths"] = {"rows": depths}
     search.folder.event(

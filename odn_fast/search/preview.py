@@ -20,8 +20,11 @@ def depth_rows(model: DepthNetwork, data: DataSet, batch_size: int, precision: s
     copies, and interpolated by multiply-adds between them; validation is added at the folded network's speed,
     and reading of pictures that are not in memory at that of the first batch.
     """
-    rows = [{"depth": depth, **asdict(profile(model, data.input_shape, depth)), **latency}
-            for depth, latency in enumerate(depth_latencies(model, data.input_shape, device), 1)]
+    rows = []
+    for depth in range(1, model.max_depth + 1):
+        latency = measure_latency(FoldedNetwork(model.at_depth(depth)).to(device), data.input_shape, seconds=0.1)
+        size = asdict(profile(model, data.input_shape, depth))
+        rows.append({"depth": depth, **size, **latency.figures(), "latency_runs": latency.runs})
     shallow, deep = rows[0]["macs"], rows[-1]["macs"]
     first = _step_seconds(model, 1, data, batch_size, precision, device)
     slope = first / shallow
@@ -37,15 +40,6 @@ def depth_rows(model: DepthNetwork, data: DataSet, batch_size: int, precision: s
         # A GPU computes while pictures are read; on the CPU, both take turns.
         row["seconds_per_epoch"] = max(computing, reading) if torch.device(device).type == "cuda" else computing + reading
     return rows
-
-
-def depth_latencies(model: DepthNetwork, input_shape: tuple[int, int, int], device: str) -> list[dict]:
-    """Latency of one image at every depth 1..D, folded fp32: milliseconds, median and quartiles.
-
-    They are measured together, so that one depth can be compared with another.
-    """
-    return [measure_latency(FoldedNetwork(model.at_depth(depth)).to(device), input_shape, seconds=0.1).figures()
-            for depth in range(1, model.max_depth + 1)]
 
 
 def _step_seconds(model: DepthNetwork, depth: int, data: DataSet, batch_size: int, precision: str, device: str) -> float:
