@@ -32,9 +32,9 @@ class Profile:
 def profile(model: nn.Module, input_shape: tuple[int, int, int], depth: int | None = None) -> Profile:
     """Count parameters, bytes and multiply-adds of `model` for one image of `input_shape` (C, H, W).
 
-    Nothing is computed and the model is left as it was: shapes are propagated on the meta device. For a `DepthNetwork`,
-    `depth` chooses the network (default: the full one). Counted are convolutions, linear layers, batch norms and
-    average pools; other layers count nothing.
+    One image of zeros goes through the model, which is left as it was; on the meta device the first batch norm would wait a
+    second until PyTorch has loaded its decompositions. For a `DepthNetwork`, `depth` chooses the network (default: the full
+    one). Counted are convolutions, linear layers, batch norms and average pools; other layers count nothing.
 
     Raises:
         ValueError: an impossible depth, a depth for a network without depths, or an input that does not fit.
@@ -67,11 +67,11 @@ def _count(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
 
     modes = {module: module.training for module in model.modules()}
     hooks = [module.register_forward_hook(add) for module in modes]
-    tensors = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    weight = next(model.parameters(), torch.empty(0))
     try:
         model.eval()
         with torch.no_grad():
-            torch.func.functional_call(model, tensors, (torch.empty(1, *input_shape, device="meta"),))
+            model(torch.zeros(1, *input_shape, dtype=weight.dtype, device=weight.device))
     except RuntimeError as error:
         raise ValueError(f"input_shape: {input_shape} does not fit this network ({str(error).splitlines()[0]})") from None
     finally:
