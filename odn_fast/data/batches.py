@@ -81,9 +81,7 @@ class Batches(Source):
         """Positions in the split (n,) int64, and the key (2,) int64 of what is drawn for its images."""
         self.check_start(start)
         device = self.split.labels.device
-        order = torch.randperm(len(self.split), generator=keyed_generator(self.seed, key, epoch, device), device=device)
-        numbers = (keyed_number(self.seed, key), epoch)  # filled in on the device: a copy would wait for it
-        drawn = torch.stack([torch.full((), number, device=device) for number in numbers])
+        order, drawn = keyed_order(len(self.split), self.seed, key, epoch, device), keyed_draws(self.seed, key, epoch, device)
         return ((order[first:end], drawn) for first, end in self.bounds[start:])
 
     def batch(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +112,16 @@ def batch_bounds(count: int, batch_size: int, drop_last: bool) -> list[tuple[int
 def keyed_generator(seed: int, key: str, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream depends on (seed, key, epoch) and on nothing that ran before."""
     return torch.Generator(device).manual_seed(_hashed(seed, key, epoch))
+
+
+def keyed_order(count: int, seed: int, key: str, epoch: int, device: torch.device) -> Tensor:
+    """0 to count - 1 (count,) in the order of an epoch."""
+    return torch.randperm(count, generator=keyed_generator(seed, key, epoch, device), device=device)
+
+
+def keyed_draws(seed: int, key: str, epoch: int, device: torch.device | str = "cpu") -> Tensor:
+    """The key (2,) int64 under which `ops.augment` draws for an epoch; filled in on the device, as a copy would wait for it."""
+    return torch.stack([torch.full((), number, device=device) for number in (keyed_number(seed, key), epoch)])
 
 
 def keyed_number(seed: int, key: str) -> int:

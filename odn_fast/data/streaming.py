@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference.augment import cropped, draw
-from .batches import PADDING, Source, batch_bounds, keyed_generator, keyed_number
+from .batches import PADDING, Source, batch_bounds, keyed_draws, keyed_number, keyed_order
 from .crops import TRIES, crop_numbers, random_box
 from .dataset import Normalisation
 from .errors import DataError
@@ -55,10 +55,10 @@ class PictureBatches(Source):
         """Pixels (n, 3, S, S) uint8 and labels (n,); where crops are out of a border, positions (n,) and their key too."""
         self.check_start(start)
         labels = self.split.labels
-        order = torch.randperm(len(self.split), generator=keyed_generator(self.seed, key, epoch, labels.device), device=labels.device)
+        order = keyed_order(len(self.split), self.seed, key, epoch, labels.device)
         index, count = self.shard
         order = order[index:len(order) // count * count:count]
-        drawn = torch.tensor([keyed_number(self.seed, key), epoch], device=labels.device)
+        drawn = keyed_draws(self.seed, key, epoch, labels.device)
         bounds, on_host = self.bounds[start:], order.cpu()
         requests = map(self._requests(key, epoch), [on_host[first:end] for first, end in bounds])
         parts = [order[first:end] for first, end in bounds]
@@ -68,7 +68,7 @@ class PictureBatches(Source):
     def _requests(self, key: str, epoch: int) -> Callable[[Tensor], Request]:
         if not self.random_crop:
             return lambda positions: Request(positions.tolist())
-        drawn = torch.tensor([keyed_number(self.seed, key), epoch])
+        drawn = keyed_draws(self.seed, key, epoch)
         keys = [keyed_number(self.seed, f"{key}, crop {number}") for number in range(TRIES)]
 
         def request(positions: Tensor) -> Request:
