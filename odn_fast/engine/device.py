@@ -1,4 +1,4 @@
-"""Which devices there are."""
+"""Which devices there are, and waiting for them."""
 
 import torch
 
@@ -15,3 +15,9 @@ def check_device(device: str):
     if not usable:
         raise ConfigError(f"device: {device} is not usable here; expected cpu" +
                           (" or cuda" if torch.cuda.is_available() else " (PyTorch sees no CUDA device)"))
+
+
+def wait_for(device: torch.device | str):
+    """Until the device has done what this thread gave it; a GPU works behind the caller's back."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

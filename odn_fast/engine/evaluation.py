@@ -8,6 +8,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from .device import wait_for
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -59,13 +61,12 @@ def measure_latency(network: nn.Module, input_shape: tuple[int, int, int], secon
     """Time forward passes of one image of zeros (C, H, W), after a warm-up: 5 at least, and up to 100 within `seconds`."""
     device = next(network.parameters()).device
     x = torch.zeros(1, *input_shape, device=device).to(memory_format=torch.channels_last)
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     times: list[float] = []
     end = time.perf_counter() + seconds
     for run in range(3 + 100):
         start = time.perf_counter()
         network(x)
-        wait()
+        wait_for(device)
         stop = time.perf_counter()
         if run >= 3:  # the first passes choose kernels and fill caches
             times.append(1e3 * (stop - start))

@@ -16,6 +16,7 @@ from ..data import Source
 from ..nn import deferred_statistics
 from ..record import RunError
 from .convergence import Training
+from .device import wait_for
 from .precision import autocast
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -60,9 +61,8 @@ class TrainStep:
         training.step += 1
 
     def wait(self):
-        """Until the device has done what it was given; a GPU works behind the caller's back."""
-        if _on_gpu(self.config.device):
-            torch.cuda.current_stream().synchronize()
+        """Until the device has done what it was given."""
+        wait_for(self.config.device)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, Tensor, int]:
         """One step: (D,) float64 sums of losses over its images, (D,) int64 numbers of correct images, number of images."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 
 from ..data import DataSet
-from ..engine import autocast, classification_loss, measure_latency
+from ..engine import autocast, classification_loss, measure_latency, wait_for
 from ..models import DepthNetwork, FoldedNetwork, profile
 
 _LONGEST_TRIAL = 2.0  # seconds: a full-depth step that would take longer is estimated from its multiply-adds
@@ -51,7 +51,7 @@ def _step_seconds(model: DepthNetwork, depth: int, data: DataSet, batch_size: in
         with autocast(precision, device):
             losses, _ = classification_loss(network, x, y)
         losses.sum().backward()
-        _wait(device)
+        wait_for(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
@@ -62,10 +62,10 @@ def _validation_seconds(model: DepthNetwork, data: DataSet, batch_size: int, dev
     network = FoldedNetwork(model.at_depth(1)).to(device)
     with torch.inference_mode():
         network(x)
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         network(x)
-        _wait(device)
+        wait_for(device)
         return (time.perf_counter() - start) * len(data.validation) / len(x)
 
 
@@ -76,12 +76,6 @@ def _reading_seconds(data: DataSet, batch_size: int) -> float:
     start = time.perf_counter()
     images, _ = _first(data, batch_size)
     return (time.perf_counter() - start) * (len(data.train) + len(data.validation)) / len(images)
-
-
-def _wait(device: str):
-    """A GPU works behind the caller's back: wait until it has finished."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _first_images(data: DataSet, batch_size: int, device: str):
