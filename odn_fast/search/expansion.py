@@ -19,11 +19,11 @@ from ..data import DataSet
 from ..engine import check_device
 from ..models import DepthNetwork
 from ..record import RunFolder
+from .depths import search_depths
 from .display import Display, Silent
 from .lifecycle import (
-    Session, announce, announce_resumption, at_hand, at_work, checksum_of, described, duration, from_settings, given_data, new_folder,
-    record_start, reopened, with_loader, with_threads)
-from .depths import search_depths
+    Session, announce, announce_resumption, at_hand, at_work, checksum_of, described, duration, from_settings, given_data, go_through,
+    new_folder, record_start, reopened, with_loader, with_threads)
 from .phases import Search, baseline, fine_tune, last_depth, warm_up
 from .preview import depth_rows
 from .setup import check_depths, create_model, default_folder, load_data
@@ -137,19 +137,9 @@ def _with_workers(config: ExpandConfig, model: DepthNetwork) -> ExpandConfig:
 
 
 def _phases(search: Search, session: Session, resumed: bool):
-    state = search.state
-    if state.phase == "finished":
-        search.display.message(f"the run in {search.folder.path} is finished")
-        return
-    _announce(search, session, resumed)
-    if state.phase == "warm_up":
-        warm_up(search)
-    if state.phase == "search":
-        search_depths(search)
-    if state.phase == "fine_tune":
-        fine_tune(search)
-    if state.phase == "baseline":
-        baseline(search)
+    phases = {"warm_up": warm_up, "search": search_depths, "fine_tune": fine_tune, "baseline": baseline}
+    go_through({name: partial(phase, search) for name, phase in phases.items()}, search.state,
+               partial(_announce, search, session, resumed), search.folder, search.display)
 
 
 def _place(state: RunState) -> str:

@@ -6,6 +6,7 @@ node with most to gain, split its edge, repeat until the budget is reached; retr
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .growth_phases import Growth, grow_stages, prepare_teacher, restore_teacher
 from .growth_setup import check_teacher, create_teacher, first_student, limits_of, natural_width, teacher_checksum
 from .growth_state import GrowState
 from .lifecycle import (
-    Session, announce, announce_resumption, at_hand, at_work, checksum_of, described, from_settings, given_data, new_folder,
+    Session, announce, announce_resumption, at_hand, at_work, checksum_of, described, from_settings, given_data, go_through, new_folder,
     record_start, reopened, with_loader, with_threads)
 from .setup import default_folder, load_data
 
@@ -150,21 +151,13 @@ def _run(config: GrowConfig, teacher: Teacher, data: DataSet, checksum: str, fol
 
 
 def _phases(growth: Growth, session: Session, resumed: bool):
-    state = growth.state
-    if state.phase == "finished":
-        growth.display.message(f"the run in {growth.folder.path} is finished")
-        return
-    _announce(growth, session, resumed)
-    if state.phase == "teacher":
-        prepare_teacher(growth)
-    else:
-        restore_teacher(growth)
-    if state.phase == "stage":
-        grow_stages(growth)
-    if state.phase == "retrain":
-        retrain(growth)
-    if state.phase == "control":
-        run_controls(growth)
+    def begin():
+        _announce(growth, session, resumed)
+        if growth.state.phase != "teacher":
+            restore_teacher(growth)
+
+    phases = {"teacher": prepare_teacher, "stage": grow_stages, "retrain": retrain, "control": run_controls}
+    go_through({name: partial(phase, growth) for name, phase in phases.items()}, growth.state, begin, growth.folder, growth.display)
 
 
 def _announce(growth: Growth, session: Session, resumed: bool):

@@ -1,7 +1,7 @@
 """How a run begins, goes on in another process, and is stopped; shared by both searches."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,18 @@ def announce(title: str, config: ExpandConfig | GrowConfig, data: DataSet, sessi
                     f"validation, {test:,} test images of {shape}, {data.num_classes} classes)")
     display.message(f"loader {data.loader}: {data.loader_reason}")
     announce_computing(config, session, display)
+
+
+def go_through(phases: dict[str, Callable[[], None]], state: State, announce: Callable[[], None], folder: RunFolder,
+               display: Display | Silent):
+    """The phases of a run, by name and in order, from the one that its state is in; each moves the state on."""
+    if state.phase == "finished":
+        display.message(f"the run in {folder.path} is finished")
+        return
+    announce()
+    for name, phase in phases.items():
+        if state.phase == name:
+            phase()
 
 
 def announce_computing(config: ExpandConfig | GrowConfig | GrowViewsConfig, session: Session, display: Display | Silent):

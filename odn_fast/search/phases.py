@@ -25,7 +25,6 @@ from .recorder import Recorder
 from .state import RunState
 from .training import Plan, best_so_far, confusion_of, split_batches, train
 
-
 _SIZE = ("params", "state_bytes", "macs")
 _LATENCY = ("latency_ms", "latency_low_ms", "latency_high_ms")
 
@@ -212,7 +211,8 @@ def _finish(search: Search):
         entry = trained.get(row["depth"], {})
         ended = entry or cancelled.get(row["depth"], {})
         depths.append({**{key: row[key] for key in ("depth", *_SIZE, *_LATENCY)}, "trained": bool(entry),
-                       "validation_accuracy": entry.get("best_accuracy"), **{key: ended.get(key) for key in ("outcome", "epochs", "seconds")}})
+                       "validation_accuracy": entry.get("best_accuracy"),
+                       **{key: ended.get(key) for key in ("outcome", "epochs", "seconds")}})
     found = state.readings["found"]
     state.readings["depths"] = {"rows": depths}
     search.folder.event(

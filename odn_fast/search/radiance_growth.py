@@ -6,6 +6,7 @@ attention, widen the layer that is furthest from the teacher's, repeat until the
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from ..record import RunFolder
 from .display import Display, Silent
 from .growth_state import GrowState
 from .lifecycle import (
-    Session, announce_computing, announce_resumption, at_work, from_settings, new_folder, record_start, reopened, with_threads)
+    Session, announce_computing, announce_resumption, at_work, from_settings, go_through, new_folder, record_start, reopened,
+    with_threads)
 from .radiance_phases import (
     RadianceGrowth, budget_of, first_shape, followed, grow_stages, prepare_teacher, retrain, run_controls, teacher_shape)
 from .setup import default_folder, load_data
@@ -134,19 +136,9 @@ def _run(config: GrowViewsConfig, scene: Scene, checksum: str, folder: RunFolder
 
 
 def _phases(growth: RadianceGrowth, session: Session, resumed: bool):
-    state = growth.state
-    if state.phase == "finished":
-        growth.display.message(f"the run in {growth.folder.path} is finished")
-        return
-    _announce(growth, session, resumed)
-    if state.phase == "teacher":
-        prepare_teacher(growth)
-    if state.phase == "stage":
-        grow_stages(growth)
-    if state.phase == "retrain":
-        retrain(growth)
-    if state.phase == "control":
-        run_controls(growth)
+    phases = {"teacher": prepare_teacher, "stage": grow_stages, "retrain": retrain, "control": run_controls}
+    go_through({name: partial(phase, growth) for name, phase in phases.items()}, growth.state,
+               partial(_announce, growth, session, resumed), growth.folder, growth.display)
 
 
 def _announce(growth: RadianceGrowth, session: Session, resumed: bool):

@@ -17,6 +17,7 @@ from .display import Display, Silent
 class State(Protocol):
     """What is stored of a run: where it stands, the training under way, and the state dicts that this goes on from."""
 
+    phase: str
     model: dict[str, Any] | None
     optimizer: dict[str, Any] | None
     training: Training | None
