@@ -49,14 +49,13 @@ def events(run):
 
 
 def wait_for_step(child, run):
-    """Until a checkpoint has been written within an epoch."""
+    """Until a checkpoint has been written within an epoch: the second after an event, as the first may be of the epoch it ended."""
     def seen():
         return sorted((run / "checkpoints").glob("0*.ckpt"))[-1:], (run / "events.jsonl").stat().st_size
-    newest, size = seen()
-    while child.poll() is None:
+    (newest, size), written = seen(), 0
+    while child.poll() is None and written < 2:
         before, (newest, size) = (newest, size), seen()
-        if newest != before[0] and size == before[1]:
-            return
+        written = 0 if size != before[1] else written + (newest != before[0])
 
 
 def wait_for_resume(child, run, resumed_at):
