@@ -1,6 +1,6 @@
 # Everything a fresh machine needs is set up here: Python >= 3.10, a C++ compiler and git are enough.
-#   make search     a depth search on digits, a minute or two once set up; prints where the report is
-#   make test       the tests, in a few minutes
+#   make search     a depth search on digits, half a minute once set up; prints where the report is
+#   make test       the tests, in about ten minutes
 #   make test-all   the slow tests too, and the op tests under the address and undefined-behaviour sanitizers
 #   make bench      the benchmarks
 TORCH ?= torch==2.13.0
