@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 
 import numpy
-import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader

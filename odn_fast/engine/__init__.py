@@ -1,4 +1,4 @@
-"""Training, evaluation and what they need: the engine that both searches share."""
+"""Training, evaluation and what they need: the engine that the searches share."""
 
 from .allocator import tune_allocator
 from .convergence import Convergence, CosineEpochs, SteppedEpochs, StoppingRule, Training
@@ -15,5 +15,5 @@ __all__ = [
     "CaptureError", "Convergence", "CosineEpochs", "FitConfig", "FitData", "FitRecord", "Interrupted", "Interrupts", "Latency", "Loss",
     "NodeMeasure", "SteppedEpochs", "StoppingRule", "TeacherMaps", "Training", "accuracy", "autocast", "check_device",
     "classification_loss", "confusion", "exit_confusions", "fit", "growth_loss", "label_loss", "load_optimizer", "logit_loss", "make_adam",
-    "make_sgd",    "measure", "measure_latency", "numbered", "resolve_precision", "teacher_logits", "tune_allocator",
-    "wait_for"]
+    "make_sgd", "measure", "measure_latency", "numbered", "resolve_precision", "teacher_logits", "tune_allocator", "wait_for",
+]

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _STATUS = """exit status: 0 the run ended{}; 1 the run could not go on, it can b
 resumed; 2 something asked for cannot be; 130 or 143 stopped by Ctrl-C or SIGTERM, state saved.
 """
 _EXPAND_EPILOG = """examples:
-  python -m odn_fast.search                                   digits, on the CPU, about a minute
+  python -m odn_fast.search                                   digits, on the CPU, half a minute
   python -m odn_fast.search --dataset mnist --data-dir ~/data --target-accuracy 99
   python -m odn_fast.search --dataset imagefolder:photos --image-size 64 --test-fraction 0.1 --target-accuracy 90
   python -m odn_fast.search --strategy parallel --workers 2 --threads 1
@@ -135,8 +136,7 @@ def _conclude(result: Result, display: Display):
         f", which reached {result.baseline['validation_accuracy']:.2f} % on validation")
     display.message(f"{found['params']:,} parameters, {found['state_bytes'] / 1e6:.2f} MB: "
                     f"{100 * (1 - found['state_bytes'] / full['state_bytes']):.1f} % smaller than full depth{compared}")
-    display.message(f"model:  {result.folder / 'model'}")
-    display.message(f"report: {result.folder / 'report.html'}")
+    _say_where(result.folder, display)
 
 
 def _reached(result: Result, trained: list[int], wanted: str) -> str:
@@ -169,8 +169,7 @@ def _conclude_growth(result: GrowResult, display: Display):
     if as_good:
         display.message(f"as good or better on validation: {', '.join(as_good)}; so these figures do not show that growing the "
                         "student brought more than training its graph")
-    display.message(f"model:  {result.folder / 'model'}")
-    display.message(f"report: {result.folder / 'report.html'}")
+    _say_where(result.folder, display)
 
 
 def _conclude_views(result: ViewsResult, display: Display):
@@ -183,8 +182,11 @@ def _conclude_views(result: ViewsResult, display: Display):
     for name, each in rows.items():
         display.message(f"{name:{width}}  validation {each['validation_psnr']:.2f} dB, test {each['test_psnr']:.2f} dB, "
                         f"{each['params']:,} parameters")
-    display.message(f"model:  {result.folder / 'model'}")
-    display.message(f"report: {result.folder / 'report.html'}")
+    _say_where(result.folder, display)
+
+
+def _say_where(folder: Path, display: Display):
+    display.message(f"model:  {folder / 'model'}\nreport: {folder / 'report.html'}")
 
 
 def _parser() -> argparse.ArgumentParser:

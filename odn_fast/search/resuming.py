@@ -1,4 +1,4 @@
-"""Going on from Python with the run of either search."""
+"""Going on from Python with the run of any search."""
 
 from pathlib import Path
 

@@ -6,15 +6,13 @@ from typing import Any
 
 from ..engine import Training
 
-PHASES = ("warm_up", "search", "fine_tune", "baseline", "finished")
-
 
 @dataclass
 class RunState:
     """Where a run stands. With the run folder's named states it is all that a resumed process needs.
 
     Attributes:
-        phase: one of `PHASES`.
+        phase: warm_up, search, fine_tune, baseline or finished.
         depth: the depth under training.
         training: the training under way, with `model` and `optimizer`, the state dicts it goes on from.
         trained: one entry per depth whose training has ended, in order, as the `depth` events say, and whether it passed.

@@ -1,4 +1,4 @@
-"""One training of a run, from its start or from where the run's state stands; shared by both searches."""
+"""One training of a run, from its start or from where the run's state stands; shared by all searches."""
 
 import time
 from collections.abc import Callable, Iterator
