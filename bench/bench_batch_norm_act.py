@@ -179,8 +179,6 @@ def run(dtype, repetitions=20, patience=8.0):
     results = {str(shape): bench(shape, dtype, bandwidth, repetitions, patience) for shape in SHAPES}
     print(f"\n{harness.machine()}\nbatch_norm_act, {dtype}, batch {BATCH}, milliseconds; peak MB in the order of the arms")
     print(f"bandwidth read {bandwidth['read']:.1f}, update {bandwidth['update']:.1f} GB/s")
-    quiet = sum(figures["quiet"] for figures in results.values())
-    print(f"{repetitions} repetitions a shape; quiet at {quiet} of {len(results)} shapes")
     header = ("channels, size", "phase", *ARMS, *(f"over {name}" for name in ARMS[1:]), "of floor", "peak MB")
     print(harness.table([header, *(row for shape, figures in results.items() for row in rows_of(shape, figures))]))
 
@@ -194,14 +192,9 @@ def run(dtype, repetitions=20, patience=8.0):
         print(f"{name}: geometric mean {mean:.2f}, worst {worst[name]:.2f}")
     beaten = worst["step over eager"] >= 1.0
     print(f"a step beats eager at every shape: {'yes' if beaten else 'NO'}")
-    for figures in results.values():
-        figures["milliseconds"] = {
-            phase: {name: statistics.median(t) for name, t in times.items()}
-            for phase, times in figures["milliseconds"].items()
-        }
     harness.report(
         f"batch_norm_act_{str(dtype).removeprefix('torch.')}",
-        {"bandwidth_GB_s": bandwidth, "geometric_mean": means, "worst": worst, "shapes": results},
+        {"quiet": harness.settle(results), "bandwidth_GB_s": bandwidth, "geometric_mean": means, "worst": worst, "shapes": results},
     )
 
 
