@@ -97,11 +97,8 @@ class _BatchNormAct(torch.autograd.Function):
         grad_x, grad_weight, grad_bias, grad_residual = _train_backward(
             grad_y, *ctx.saved_tensors, *ctx.settings, x_needs_grad
         )
-        if not residual_needs_grad:
-            grad_residual = None
-        else:
-            relu = ctx.settings[1]
-            grad_residual = (grad_residual if relu else grad_y).to(ctx.residual_dtype)
+        relu = ctx.settings[1]
+        grad_residual = (grad_residual if relu else grad_y).to(ctx.residual_dtype) if residual_needs_grad else None
         return grad_x if x_needs_grad else None, grad_weight, grad_bias, grad_residual, None, None
 
 
