@@ -1,9 +1,13 @@
 """engine/step.py: what a step does and leaves alone, and that nothing in an epoch waits for the device."""
 
+import contextlib
 import copy
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from odn_fast.data import Batches, Normalisation, Split
 from odn_fast.engine import FitConfig, FitData, Training, classification_loss, load_optimizer, make_adam, make_sgd
 from odn_fast.engine.fit import train_epoch
-from odn_fast.engine.step import CaptureError, set_learning_rate, train_step, unchanged
+from odn_fast.engine.step import CapturedStep, CaptureError, set_learning_rate, train_step, unchanged
 from odn_fast.models import DepthNetwork, create
 
 on_gpu = pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and PyTorch sees none"))
@@ -151,6 +155,41 @@ def test_optimizers_go_on_from_what_was_saved():
         optimizer.step(), resumed.step()
         for first, second in zip(model.parameters(), other.parameters()):
             assert torch.equal(first, second)
+
+
+def test_no_graph_is_replayed_while_one_is_captured(monkeypatch):
+    """By several trainings at once. With stand-ins for CUDA's streams and graphs: steps run on the CPU."""
+    capturing, replayed = threading.Event(), []
+
+    class Graph:
+        def replay(self):
+            replayed.append(capturing.is_set())
+
+    @contextlib.contextmanager
+    def capture(*_, **__):
+        capturing.set()
+        time.sleep(0.2)
+        yield
+        capturing.clear()
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {"Stream": lambda *_, **__: stream, "current_stream": lambda *_: stream, "graph_pool_handle": lambda: (0, 1),
+                           "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": capture}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def captured_step():
+        model, batches = network_on("cpu"), batches_on("cpu")
+        step = CapturedStep(model, classification_loss, make_sgd(model, 0.05, 0.9, 5e-4, "cpu"), batches, FitConfig())
+        return partial(step, next(batches.inputs("k", 0)), Training(0.05))
+
+    first, second = captured_step(), captured_step()
+    first()  # is captured, and replayed
+    other = threading.Thread(target=second)
+    other.start()
+    assert capturing.wait(60)
+    while other.is_alive():
+        first()
+    assert len(replayed) > 2 and not any(replayed)
 
 
 @pytest.fixture

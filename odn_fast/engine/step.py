@@ -23,6 +23,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _WARM_UP = 3  # steps before a capture: kernels are chosen and compiled, libraries allocate
 _capturing = threading.Lock()  # CUDA captures one graph at a time
+_graphs = threading.Lock()  # before PyTorch 2.13, a graph that draws random numbers must not be replayed while one is captured
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class CapturedStep(TrainStep):
             self._graphs[shapes] = self._captured(inputs, training)
         graph, given, images = self._graphs[shapes]
         torch._foreach_copy_(list(given), list(inputs))
-        graph.replay()
+        with _graphs:
+            graph.replay()
         training.loss_sum, training.correct = self._sums
         training.images += images
         training.step += 1
@@ -122,7 +124,7 @@ class CapturedStep(TrainStep):
             self.optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                with _graphs, torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     total, correct, images = self.run(*given)
                     torch._foreach_add_(list(self._sums), [total, correct])
             except torch.OutOfMemoryError:
