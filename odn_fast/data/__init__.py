@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..config import DataConfig
 from .arrays import from_arrays, load_npz
 from .batches import Batches, Source, evaluation_batches
 from .cifar import EDITIONS, load_cifar
@@ -19,6 +19,9 @@ from .image import read_image
 from .image_folder import load_image_folder
 from .loading import LOADERS, arrays_with, check_array_loader, training_batches
 from .svhn import load_svhn
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
 
 NAMES = ("mnist", "fashion-mnist", "emnist-letters", "cifar10", "cifar100", "svhn", "digits", "imagefolder:PATH", "npz:FILE")
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from ..config import ConfigError
-
 
 def check_device(device: str):
-    """Refuse a device that is not there."""
+    """Refuse a device that is not there. Raises ConfigError."""
+    from ..config import ConfigError  # brings pydantic, without which the ops can be measured
+
     try:
         wanted = torch.device(device)
         usable = wanted.type == "cpu" or wanted.type == "cuda" and (wanted.index or 0) < torch.cuda.device_count()
