@@ -238,14 +238,18 @@ def test_step_cuda():
         depths[depth] = {"wall_us": walls, "in_graph_us": in_graph, "nodes": nodes, "floor_us": floor,
                          "over_floor": walls["ours"] / max(floor.values()),
                          "over": {name: walls[name] / walls["ours"] for name in ("eager", "compiled")}}
+        harness_cuda.enter("step_bfloat16", cuda_report(limits, depths))
     print(f"\n{harness_cuda.machine()}\na training step, bf16, batch {BATCH}, microseconds at the wall; {harness_cuda.rounded(limits)}")
     rows = [(depth, *(f"{each['wall_us'][name]:.0f}" for name in ("ours", "eager", "compiled")), f"{each['in_graph_us']:.0f}",
              each["nodes"], *(f"{each['floor_us'][name]:.0f}" for name in ("compute", "launches")), f"{each['over_floor']:.2f}")
             for depth, each in depths.items()]
     print(harness.table([("depth", "ours", "eager", "compiled", "ours in a graph", "nodes", "compute floor", "launch floor",
                           "ours / larger floor"), *rows]))
+    harness_cuda.report("step_bfloat16", cuda_report(limits, depths))
+
+
+def cuda_report(limits, depths):
     ratios = [each["over_floor"] for each in depths.values()]
     verdict = {"geometric_mean": statistics.geometric_mean(ratios), "worst": max(ratios), "reach": REACH_FLOOR,
                "met": max(ratios) <= REACH_FLOOR}
-    harness_cuda.report("step_bfloat16", {"batch": BATCH, "ceilings": limits, "depths": depths,
-                                          "verdicts": {"step, times its larger floor": verdict}})
+    return {"batch": BATCH, "ceilings": limits, "depths": depths, "verdicts": {"step, times its larger floor": verdict}}

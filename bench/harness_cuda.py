@@ -18,9 +18,8 @@ PyTorch's arms have cudnn.benchmark on, and TF32 in float32 convolutions, which 
 import ctypes
 import datetime
 import functools
-import json
+import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -33,10 +32,12 @@ import pytest
 import torch
 
 import harness
+import results_file
 from odn_fast.machine import processor_name
 from odn_fast.ops._choose import CannotRun, implemented, using
 from odn_fast.tune import capture
 
+TRITON_ONLY = "ODN_FAST_BENCH_TRITON_ONLY" in os.environ  # not a single call of CUDA's own kernels, which failed their tests, say
 CALLS = 20
 ROUNDS = 15
 MILLISECONDS = 1.0  # of replays, per arm and round
@@ -106,21 +107,29 @@ def driver() -> str:
 
 @functools.cache
 def ceilings() -> dict[str, float]:
-    """What this GPU does at best once it is warm: copies (`copied`), a product, launches of almost nothing."""
+    """What this GPU does at best once it is warm: copies (`copied`), a product, launches of almost nothing.
+
+    The first process that asks measures it for the day's results file; whichever asks, the GPU is warm then.
+    """
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     begin = time.perf_counter()
     while time.perf_counter() < begin + 1:  # clocks of memory, too, rise only under load
         left.copy_(right)
         (left @ right).sum().item()
+    file = results_file.path_of(torch.cuda.get_device_name())
+    if known := results_file.entry(file, "ceilings", "warm"):
+        return known
     multiplied = statistics.median(measure({"product": lambda: left @ right}, calls=1)[0]["product"])
     one = torch.zeros(1, device="cuda")
     node = statistics.median(measure({"launch": lambda: one.add_(1.0)}, calls=500)[0]["launch"])
-    return {
+    measured = {
         "copy_GB_s": max(copied(bytes) for bytes in (1 << 29, 1 << 31) for _ in range(3)),
         "bf16_product_TFLOP_s": 2 * 8192**3 / multiplied / 1e6,
         "graph_node_us": node,
         "eager_launch_us": wall(lambda: one.add_(1.0), calls=1000),
     }
+    results_file.put(file, "ceilings", "warm", measured)
+    return measured
 
 
 def copied(bytes: int) -> float:
@@ -215,7 +224,7 @@ def ours(stem: str, arm: dict[str, Callable[[], object]]) -> dict[str, dict[str,
     Forced to "cuda" are those of the stem's ops that have such kernels at all. Raises CannotRun if the reference is all
     that a phase could run on: its speed would say nothing.
     """
-    in_cuda = [op for op in implemented("cuda") if op.startswith(stem)]
+    in_cuda = [op for op in implemented("cuda") if op.startswith(stem) and not TRITON_ONLY]
     forced = {"triton": {phase: lambda f=f: within(f, "triton") for phase, f in arm.items()}}
     if in_cuda:
         forced["cuda"] = {phase: lambda f=f: within(f, "cuda", *in_cuda) for phase, f in arm.items()}
@@ -300,13 +309,14 @@ def arms_with(case: Case, phase: str) -> dict[str, Callable[[], object]]:
 
 
 def run(bench: str, dtype: torch.dtype, cases: Iterable[functools.partial], reach: Sequence[Reach] = ()) -> None:
-    """Measure all cases, print the table and the verdicts, write the report.
+    """Measure all cases, print the table and the verdicts, write the report, which after every case holds those before it.
 
-    cases: partial functions of a shape that make a case, whose tensors are given up before the next is made. Cases whose results are wrong,
-    or that fail otherwise, have no figures and fail the bench after the report.
+    cases: partial functions of a shape that make a case, whose tensors are given up before the next is made. Cases whose
+    results are wrong, or that fail otherwise, have no figures and fail the bench after the report.
     """
     torch.backends.cudnn.benchmark = True
-    limits, results, failures = ceilings(), {}, []
+    precision = str(dtype).removeprefix("torch.")
+    limits, results, failures, name = ceilings(), {}, [], f"{bench}_{precision}"
     for make in cases:
         try:
             case = make()
@@ -314,21 +324,39 @@ def run(bench: str, dtype: torch.dtype, cases: Iterable[functools.partial], reac
         except Exception as failure:  # the other cases are measured all the same
             failures.append(f"{make.args[0]}: {type(failure).__name__}: {failure}")
         case = None
+        enter(name, {"ceilings": limits, "verdicts": verdicts(results, reach), "failures": failures, "cases": results})
+        if not in_order():
+            failures.append(f"what would follow {make.args[0]} is not measured: CUDA does not work any more in this process")
+            break
         torch.cuda.empty_cache()
-    precision = str(dtype).removeprefix("torch.")
     print(f"\n{machine()}\n{bench}, {precision}, microseconds a call in a graph; {rounded(limits)}")
-    print(harness.table([HEADER, *(row for name, figures in results.items() for row in rows_of(name, figures))]))
-    verdicts = {}
+    print(harness.table([HEADER, *(row for shape, figures in results.items() for row in rows_of(shape, figures))]))
+    judged = verdicts(results, reach)
+    for key, each in judged.items():
+        met = "met" if each["met"] else "MISSED"
+        print(f"{key}: {each['geometric_mean']:.2f}, worst {each['worst']:.2f}, reach {each['reach']}: {met}")
+    report(name, {"ceilings": limits, "verdicts": judged, "failures": failures, "cases": results})
+    assert not failures, "\n".join(failures)
+
+
+def in_order() -> bool:
+    """Whether CUDA still works in this process, as it does not after an illegal address."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def verdicts(results: dict[str, dict], reach: Sequence[Reach]) -> dict[str, dict]:
+    found = {}
     for goal in reach:
         values = list(shares_or_ratios(results, goal))
-        if not values:
-            continue
-        mean = statistics.geometric_mean(values)
-        key = f"{goal.phase}, {'share of floor' if goal.over == 'floor' else f'over {goal.over}'}"
-        verdicts[key] = {"geometric_mean": mean, "worst": min(values), "reach": goal.factor, "met": mean >= goal.factor}
-        print(f"{key}: {mean:.2f}, worst {min(values):.2f}, reach {goal.factor}: {'met' if mean >= goal.factor else 'MISSED'}")
-    report(f"{bench}_{precision}", {"ceilings": limits, "verdicts": verdicts, "failures": failures, "cases": results})
-    assert not failures, "\n".join(failures)
+        if values:
+            mean = statistics.geometric_mean(values)
+            key = f"{goal.phase}, {'share of floor' if goal.over == 'floor' else f'over {goal.over}'}"
+            found[key] = {"geometric_mean": mean, "worst": min(values), "reach": goal.factor, "met": mean >= goal.factor}
+    return found
 
 
 def shares_or_ratios(results: dict[str, dict], goal: Reach) -> Iterable[float]:
@@ -355,20 +383,15 @@ def rows_of(name: str, figures: dict) -> Iterable[tuple]:
                f"{walls['ours']:.0f}", best[1], f"{peaks['ours']:.1f}", best[2], others)
 
 
-def results_file() -> Path:
-    """bench/results/<gpu>-<date>.json."""
-    line = machine()
-    return harness.RESULTS / (re.sub(r"[^a-z0-9]+", "-", f"{line['gpu']} {line['date']}".lower()) + ".json")
-
-
 def report(bench: str, figures: dict[str, object]) -> None:
     """Put one bench's figures into the file of this GPU and day, beside those of the others, and name it."""
-    path = results_file()
-    path.parent.mkdir(exist_ok=True)
-    content = json.loads(path.read_text()) if path.is_file() else {"benches": {}}
-    content = {"machine": machine(), "benches": content["benches"] | {bench: rounded(figures)}}
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    print(f"{bench}: written to {path}", flush=True)
+    print(f"{bench}: written to {enter(bench, figures)}", flush=True)
+
+
+def enter(bench: str, figures: dict[str, object]) -> Path:
+    path = results_file.path_of(torch.cuda.get_device_name())
+    results_file.put(path, "benches", bench, rounded(figures), machine=machine())
+    return path
 
 
 def rounded(value: object) -> object:
@@ -378,30 +401,3 @@ def rounded(value: object) -> object:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def summary(path: Path | None = None) -> str:
-    """What a file of results comes to, a line for each verdict and each failure."""
-    path = path or results_file()
-    content = json.loads(path.read_text())
-    lines = [str(content["machine"])]
-    for bench, figures in content["benches"].items():
-        for name, verdict in figures.get("verdicts", {}).items():
-            met = "met" if verdict["met"] else "MISSED"
-            lines.append(f"{bench}, {name}: {verdict['geometric_mean']:.2f}, worst {verdict['worst']:.2f}, reach {verdict['reach']}: {met}")
-        for phase in sorted({phase for case in figures.get("cases", {}).values() for phase in case["microseconds"]}):
-            cases = [case for case in figures["cases"].values() if phase in case["microseconds"]]
-            means = {
-                over: statistics.geometric_mean(ratios)
-                for over in ("fastest", "eager", "compiled")
-                if (ratios := [case["over"][phase][over] for case in cases if over in case["over"][phase]])
-            }
-            share = statistics.geometric_mean(case["share_of_floor"][phase] for case in cases)
-            over = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
-            lines.append(f"  {bench} {phase}, {len(cases)} cases: over {over}; {share:.0%} of the floor")
-        lines += [f"  {bench} FAILED: {failure}" for failure in figures.get("failures", ())]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(summary())

@@ -16,7 +16,8 @@ from odn_fast.ops._library import on_references, references
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float64)
 GPU = ("triton", "cuda")  # of _choose.NAMES, tested on CUDA tensors
-ON_GPU = tuple(pytest.param(name, marks=pytest.mark.gpu) for name in GPU if torch.cuda.is_available())
+MARKS = {"triton": [pytest.mark.gpu], "cuda": [pytest.mark.gpu, pytest.mark.nvcc]}
+ON_GPU = tuple(pytest.param(name, marks=MARKS[name]) for name in GPU if torch.cuda.is_available())
 ON_CPU = ("reference", *_extension.instruction_sets())
 IMPLEMENTATIONS = (*ON_CPU, *ON_GPU)
 
