@@ -80,17 +80,20 @@ step() { begin "$@"; end "$1"; }
 
 # ---- what is measured, the most telling first: a bench, and which of its tests
 
+kernels=(separable_conv separable_unit channel_attention batch_norm_act exit_heads augment)
 planned=() compiled=()
+
+wanted() { [ ${#ops[@]} = 0 ] || [[ " ${ops[*]} " = *" $1 "* ]]; }
+
 plan() {
   local op
   for op in "${@:2}"; do
-    [ ${#ops[@]} = 0 ] || [[ " ${ops[*]} " = *" $op "* ]] || continue
+    wanted "$op" || continue
     planned+=("$op $1")
     [ "$1" = float32 ] || ! grep -q 'def cuda_cases' "bench/bench_$op.py" || compiled+=("$op")
   done
 }
 if [ "$benches" = 1 ]; then
-  kernels=(separable_conv separable_unit channel_attention batch_norm_act exit_heads augment)
   [ "$search" = 0 ] || plan "not float32" search first_step
   plan "not float32" step "${kernels[@]}"
   plan float32 "${kernels[@]}"
@@ -107,9 +110,11 @@ if [ "$build" = 1 ]; then
   cmake="cmake -G Ninja -S . -DPython_EXECUTABLE=$(command -v python3) -DCMAKE_CUDA_ARCHITECTURES=$architecture"
   begin build 240 env PATH="$scripts:$PATH" bash -c "$cmake -B build/gpu && cmake --build build/gpu"
 fi
-[ "$tests" = 0 ] || begin first_calls 150 python3 bench/small_calls.py "${ops[@]}"
+first=()
+[ "$tests" = 0 ] || for op in "${kernels[@]}"; do wanted "$op" && first+=("$op"); done
+for op in "${first[@]}"; do begin "first_calls_$op" 150 python3 bench/small_calls.py "$op"; done
 [ ${#compiled[@]} = 0 ] || begin compile_ahead 150 env ODN_FAST_BENCH_TRITON_ONLY=1 python3 bench/compile_ahead.py "${compiled[@]}"
-[ "$tests" = 0 ] || end first_calls
+for op in "${first[@]}"; do end "first_calls_$op"; done
 [ ${#compiled[@]} = 0 ] || end compile_ahead
 if [ "$build" = 1 ] && ! end build; then
   step build_without_cuda 120 env PATH="$scripts:$PATH" bash -c "$cmake -DODN_FAST_CUDA=OFF -B build/cpu && cmake --build build/cpu"
