@@ -388,7 +388,7 @@ BAD_INPUTS = {
     "other std": (change_statistics(std=lambda x: x[:2]), "statistics.std has shape (2, 3)"),
     "other gram": (change_statistics(gram=lambda x: x[0]), "statistics.gram has shape (3, 3), dtype"),
     "gram dtype": (change_statistics(gram=lambda x: x.double()), "expected (3, 3, 3) and torch.float32"),
-    "mean on meta": (change_statistics(mean=lambda x: x.to("meta")), "statistics.mean of shape (3, 3) is on meta"),
+    "mean on meta": (change_statistics(mean=lambda x: x.to("meta")), "statistics.mean has shape (3, 3), dtype torch.float32 on meta"),
     "pooled later": (lambda q, k: (q[..., :2], k, teacher_statistics(k)), "expected a teacher pooled before"),
 }
 

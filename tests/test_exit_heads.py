@@ -44,7 +44,7 @@ def make_inputs(shape="odd", dtype=torch.float32, layout="channels_last", weight
 
 def unfused(features, weights, biases, target):
     """The op's first two results by PyTorch's own layers, in the op's dtype of arithmetic."""
-    dtype = reference.compute_dtype(features)
+    dtype = reference.compute_dtype(features[0])
     losses, correct = [], []
     for feature, weight, bias in zip(features, weights, biases, strict=True):
         logits = F.linear(feature.to(dtype).mean((2, 3)), weight.to(dtype), bias.to(dtype))

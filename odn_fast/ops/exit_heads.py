@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from odn_fast.ops._choose import register_cuda, triton
-from odn_fast.ops._library import define, library, refuse_second_derivative
+from odn_fast.ops._library import contiguous_like, define, library, refuse_second_derivative
 from odn_fast.reference import exit_heads as reference
 
 
@@ -46,7 +46,7 @@ def exit_heads(
 def _fake(features, weights, biases, target):
     reference.check(features, weights, biases, target)
     depths, batch, classes = len(features), features[0].shape[0], weights[0].shape[0]
-    losses = features[0].new_empty(depths, dtype=reference.compute_dtype(features))
+    losses = features[0].new_empty(depths, dtype=reference.compute_dtype(features[0]))
     return (
         losses,
         target.new_empty(depths),
@@ -59,7 +59,7 @@ def _fake_backward(grad_losses, pooled, logit_gradients, weights, positions, fea
     depths, batch, classes = logit_gradients.shape
     return (
         [pooled.new_empty(batch, weight.shape[1], 1, 1, dtype=feature_dtype) for weight in weights],
-        [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights],
+        [contiguous_like(weight) for weight in weights],
         pooled.new_empty(depths, classes),
     )
 

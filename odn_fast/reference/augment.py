@@ -8,10 +8,13 @@ come out, the first gives the crop's row, the second its column, the third the f
 on (seed, epoch, sample) and on nothing else, and every implementation draws the same.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float64)
+from odn_fast.reference._arguments import FLOATING, check_tensor
+
 MOST_PADDING = 1 << 20
 WORD = 0xFFFFFFFF
 
@@ -33,35 +36,19 @@ def check(
         )
     if index.dim() != 1:
         raise ValueError(f"augment: index has shape {tuple(index.shape)}, expected (N,)")
-    channels = images.shape[1]
-    _check_tensor("images", images, images.shape, (torch.uint8,), images.device)
-    _check_tensor("index", index, index.shape, (torch.int64,), images.device)
-    _check_tensor("scale", scale, (channels,), (torch.float32, torch.float64), images.device)
-    _check_tensor("shift", shift, (channels,), (torch.float32, torch.float64), images.device)
+    check_each = partial(check_tensor, "augment", device=images.device, leader="images")
+    check_each("images", images, images.shape, dtypes=(torch.uint8,))
+    check_each("index", index, index.shape, dtypes=(torch.int64,))
+    for name, vector in (("scale", scale), ("shift", shift)):
+        check_each(name, vector, images.shape[1:2], dtypes=(torch.float32, torch.float64))
     if key is not None:
-        _check_tensor("key", key, (2,), (torch.int64,), images.device)
+        check_each("key", key, (2,), dtypes=(torch.int64,))
     elif padding or flip:
         raise ValueError("augment: key is None, expected (2,) int64, seed and epoch, where padding or flip are asked for")
     if not 0 <= padding <= MOST_PADDING:
         raise ValueError(f"augment: padding is {padding}, expected 0 to {MOST_PADDING}")
     if dtype not in FLOATING:
         raise ValueError(f"augment: dtype is {dtype}, expected {', '.join(map(str, FLOATING))}")
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, expected: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"augment: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(
-            f"augment: {name} of shape {tuple(tensor.shape)} has dtype {tensor.dtype}, "
-            f"expected {', '.join(map(str, dtypes))}"
-        )
-    if tensor.device != device:
-        raise ValueError(
-            f"augment: {name} of shape {tuple(tensor.shape)} is on {tensor.device}, expected {device} as images"
-        )
 
 
 def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:

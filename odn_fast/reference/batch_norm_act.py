@@ -4,56 +4,20 @@
 The pieces are shared with `separable_conv` and `separable_unit`.
 """
 
-from collections.abc import Iterable, Sequence
-
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float64)
+from odn_fast.reference._arguments import FLOATING, check_given, check_map, check_tensor, check_vectors, compute_dtype
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     """Raise ValueError naming the first argument that breaks the contract of `batch_norm_act_train`."""
     op = "batch_norm_act_train"
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, H, W) with C, H and W at least 1")
-    check_tensor(op, "x", x, x.shape, x.device)
+    check_map(op, "x", x)
     check_vectors(op, x, x.shape[1], weight=weight, bias=bias)
     if residual is not None:
         check_tensor(op, "residual", residual, x.shape, x.device)
     check_values_per_channel(op, x, x.shape)
-
-
-def check_vectors(op: str, x: Tensor, channels: int, **vectors: Tensor) -> None:
-    for name, vector in vectors.items():
-        check_tensor(op, name, vector, (channels,), x.device)
-
-
-def check_tensor(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
-    if tensor.dtype not in FLOATING:
-        raise ValueError(
-            f"{op}: {name} of shape {tuple(tensor.shape)} has dtype {tensor.dtype}, "
-            f"expected {', '.join(map(str, FLOATING))}"
-        )
-    if tensor.device != device:
-        raise ValueError(
-            f"{op}: {name} of shape {tuple(tensor.shape)} is on {tensor.device}, expected {device} as x"
-        )
-
-
-Given = tuple[str, Tensor | None, Sequence[int], Sequence[torch.dtype]]  # name, tensor, expected shape, allowed dtypes
-
-
-def check_given(op: str, device: torch.device, given: Iterable[Given]) -> None:
-    """Raise ValueError naming the first tensor that is of another shape, dtype or device. None may be absent."""
-    for name, tensor, shape, dtypes in given:
-        if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != device):
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device}, expected"
-                f" {tuple(shape)} and {', '.join(map(str, dtypes))} on {device}"
-            )
 
 
 def check_backward(
@@ -61,12 +25,11 @@ def check_backward(
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract of `batch_norm_act_train_backward`."""
     op = "batch_norm_act_train_backward"
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, H, W) with C, H and W at least 1")
+    check_map(op, "x", x)
     shape, exact = x.shape, (compute_dtype(x),)
     channels = shape[1:2]
     check_given(op, x.device, (
-        ("x", x, shape, FLOATING), ("grad_y", grad_y, shape, FLOATING), ("y", y, shape, (x.dtype,)),
+        ("grad_y", grad_y, shape, FLOATING), ("y", y, shape, (x.dtype,)),
         ("weight", weight, channels, FLOATING), ("bias", bias, channels, FLOATING),
         ("mean", mean, channels, exact), ("var", var, channels, exact),
     ))  # fmt: skip
@@ -79,11 +42,6 @@ def check_values_per_channel(op: str, x: Tensor, output: tuple[int, int, int, in
             f"{op}: x has shape {tuple(x.shape)}, which leaves one value per channel, {tuple(output)}; "
             "expected more than 1 value per channel when training"
         )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of arithmetic and statistics: float64 for float64 x, float32 otherwise."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def stored(value: Tensor, dtype: torch.dtype) -> Tensor:

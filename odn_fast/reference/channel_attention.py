@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float64)
+from odn_fast.reference._arguments import FLOATING, check_given, check_map, check_tensor, compute_dtype
+
 EPSILON = 1e-3
 
 
@@ -44,7 +45,7 @@ def check(
     if teacher.shape[0] != batch or (pooled and teacher.shape[2:] != student.shape[2:]):
         expected = f"({batch}, C_t, {size[0]}, {size[1]})" if pooled else f"({batch}, C_t, H', W')"
         raise ValueError(f"{op}: teacher has shape {tuple(teacher.shape)}, expected {expected} as student")
-    _check_device(op, "teacher", teacher, student)
+    check_tensor(op, "teacher", teacher, teacher.shape, student.device, leader="student")
     if statistics is None:
         return
     if pooled_size(student, teacher) != tuple(teacher.shape[2:]):
@@ -52,38 +53,10 @@ def check(
             f"{op}: statistics are those of teacher of shape {tuple(teacher.shape)}, which is pooled to the size of"
             f" student, {size}; expected a teacher pooled before its statistics are taken"
         )
-    channels, dtype = teacher.shape[1], compute_dtype(student, teacher)
+    channels, exact = teacher.shape[1], (compute_dtype(student, teacher),)
     shapes = ((batch, channels), (batch, channels), (batch, channels, channels))
-    for name, tensor, shape in zip(TeacherStatistics._fields, statistics, shapes, strict=True):
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"{op}: statistics.{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected"
-                f" {tuple(shape)} and {dtype}"
-            )
-        _check_device(op, f"statistics.{name}", tensor, student)
-
-
-def check_map(op: str, name: str, tensor: Tensor) -> None:
-    """Raise ValueError unless `tensor` is a feature map; only its batch may be empty."""
-    if tensor.dim() != 4 or any(extent == 0 for extent in tensor.shape[1:]):
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected (N, C, H, W) with C, H, W >= 1")
-    if tensor.dtype not in FLOATING:
-        expected = ", ".join(str(dtype) for dtype in FLOATING)
-        raise ValueError(
-            f"{op}: {name} of shape {tuple(tensor.shape)} has dtype {tensor.dtype}, expected {expected}"
-        )
-
-
-def _check_device(op: str, name: str, tensor: Tensor, student: Tensor) -> None:
-    if tensor.device != student.device:
-        raise ValueError(
-            f"{op}: {name} of shape {tuple(tensor.shape)} is on {tensor.device}, expected {student.device} as student"
-        )
-
-
-def compute_dtype(*maps: Tensor) -> torch.dtype:
-    """The dtype of arithmetic, statistics and losses: float64 if any map is float64, float32 otherwise."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in maps) else torch.float32
+    named = zip(TeacherStatistics._fields, statistics, shapes, strict=True)
+    check_given(op, student.device, [(f"statistics.{name}", tensor, shape, exact) for name, tensor, shape in named])
 
 
 def pooled_size(student: Tensor, teacher: Tensor) -> tuple[int, int]:
@@ -132,11 +105,7 @@ def channel_attention_backward(grad: Tensor, student: Tensor, teacher: Tensor, s
 
 def check_grad(grad: Tensor, student: Tensor) -> None:
     """Raise ValueError unless `grad` is a gradient of the projected map."""
-    if grad.shape != student.shape or grad.dtype not in FLOATING or grad.device != student.device:
-        raise ValueError(
-            f"channel_attention_backward: grad has shape {tuple(grad.shape)} and dtype {grad.dtype} on {grad.device},"
-            f" expected {tuple(student.shape)} of a floating dtype on {student.device} as student"
-        )
+    check_given("channel_attention_backward", student.device, [("grad", grad, student.shape, FLOATING)])
 
 
 def channel_attention_loss(
@@ -182,11 +151,7 @@ def channel_attention_loss_backward(grad_loss: Tensor, gradient: Tensor) -> Tens
 def check_slope(grad_loss: Tensor, gradient: Tensor) -> None:
     """Raise ValueError unless the arguments are those of `channel_attention_loss_backward`."""
     check_map("channel_attention_loss_backward", "gradient", gradient)
-    if grad_loss.dim() != 0 or grad_loss.dtype not in FLOATING or grad_loss.device != gradient.device:
-        raise ValueError(
-            f"channel_attention_loss_backward: grad_loss has shape {tuple(grad_loss.shape)} and dtype"
-            f" {grad_loss.dtype} on {grad_loss.device}, expected a floating scalar on {gradient.device} as gradient"
-        )
+    check_given("channel_attention_loss_backward", gradient.device, [("grad_loss", grad_loss, (), FLOATING)])
 
 
 def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

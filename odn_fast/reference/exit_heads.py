@@ -4,11 +4,13 @@
 reference all call it.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odn_fast.reference.batch_norm_act import FLOATING, check_given
+from odn_fast.reference._arguments import FLOATING, check_given, check_tensor, compute_dtype
 
 
 def check(features: list[Tensor], weights: list[Tensor], biases: list[Tensor], target: Tensor) -> None:
@@ -22,27 +24,20 @@ def check(features: list[Tensor], weights: list[Tensor], biases: list[Tensor], t
             f"exit_heads: weights[0] has shape {tuple(weights[0].shape)}, expected (K, {first.shape[1]}) with K >= 1"
         )
     batch, classes = first.shape[0], weights[0].shape[0]
+    check_each = partial(check_tensor, "exit_heads", device=first.device, leader="features[0]")
     for depth, (feature, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
         if feature.dim() != 4 or feature.shape[0] != batch:
             raise ValueError(
                 f"exit_heads: features[{depth}] has shape {tuple(feature.shape)}, expected ({batch}, C, H, W)"
             )
-        channels = feature.shape[1]
-        for name, tensor, expected in (
-            (f"weights[{depth}]", weight, (classes, channels)),
-            (f"biases[{depth}]", bias, (classes,)),
-        ):
-            if tensor.shape != expected:
-                raise ValueError(f"exit_heads: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
-            _check_kind(name, tensor, FLOATING, first.device)
-        _check_kind(f"features[{depth}]", feature, FLOATING, first.device)
+        check_each(f"weights[{depth}]", weight, (classes, feature.shape[1]))
+        check_each(f"biases[{depth}]", bias, (classes,))
+        check_each(f"features[{depth}]", feature, feature.shape)
         if feature.dtype != first.dtype:
             raise ValueError(
                 f"exit_heads: features[{depth}] has dtype {feature.dtype}, expected {first.dtype} as features[0]"
             )
-    if target.shape != (batch,):
-        raise ValueError(f"exit_heads: target has shape {tuple(target.shape)}, expected ({batch},)")
-    _check_kind("target", target, (torch.int64,), first.device)
+    check_each("target", target, (batch,), dtypes=(torch.int64,))
 
 
 def check_counts(features: list[Tensor], weights: list[Tensor], biases: list[Tensor]) -> None:
@@ -82,23 +77,6 @@ def check_backward(
     ))  # fmt: skip
 
 
-def _check_kind(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if tensor.dtype not in dtypes:
-        expected = ", ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(
-            f"exit_heads: {name} of shape {tuple(tensor.shape)} has dtype {tensor.dtype}, expected {expected}"
-        )
-    if tensor.device != device:
-        raise ValueError(
-            f"exit_heads: {name} of shape {tuple(tensor.shape)} is on {tensor.device}, expected {device} as features[0]"
-        )
-
-
-def compute_dtype(features: list[Tensor]) -> torch.dtype:
-    """The dtype of arithmetic and losses: float64 for float64 features, float32 otherwise."""
-    return torch.float64 if features[0].dtype == torch.float64 else torch.float32
-
-
 def exit_heads(
     features: list[Tensor], weights: list[Tensor], biases: list[Tensor], target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,7 +94,7 @@ def exit_heads(
     if target.device.type == "cpu" and target.numel() and not 0 <= target.min() <= target.max() < classes:
         raise ValueError(f"exit_heads: target holds values outside [0, {classes})")
 
-    dtype = compute_dtype(features)
+    dtype = compute_dtype(features[0])
     one_hot = F.one_hot(target, classes).to(dtype)
     losses, correct, pooled, logit_gradients = [], [], [], []
     for feature, weight, bias in zip(features, weights, biases, strict=True):

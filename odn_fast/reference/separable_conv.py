@@ -8,14 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from odn_fast.reference._arguments import FLOATING, check_given, check_map, check_tensor, check_vectors, compute_dtype
 from odn_fast.reference.batch_norm_act import (
-    FLOATING,
     batch_norm_gradients,
-    check_given,
-    check_tensor,
     check_values_per_channel,
-    check_vectors,
-    compute_dtype,
     let_through,
     normalise,
     per_channel,
@@ -91,9 +87,7 @@ def check_convolutions(
     op: str, x: Tensor, depthwise: tuple[str, Tensor], pointwise: tuple[str, Tensor], stride: int
 ) -> tuple[int, int, int, int]:
     """The shape of the pointwise output. x and both (name, weight) are checked, and the stride, which is 1 or 2."""
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (N, C, H, W) with C, H and W at least 1")
-    check_tensor(op, "x", x, x.shape, x.device)
+    check_map(op, "x", x)
     if stride != 1 and stride != 2:
         raise ValueError(f"{op}: stride is {stride}, expected 1 or 2")
     batch, channels, height, width = x.shape

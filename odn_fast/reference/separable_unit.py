@@ -7,14 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from odn_fast.reference._arguments import FLOATING, check_given, check_tensor, check_vectors, compute_dtype
 from odn_fast.reference.batch_norm_act import (
-    FLOATING,
     batch_norm_gradients,
-    check_given,
-    check_tensor,
     check_values_per_channel,
-    check_vectors,
-    compute_dtype,
     let_through,
     normalise,
     statistics,
