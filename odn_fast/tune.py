@@ -9,7 +9,6 @@ compiled beforehand by as many processes as there are cores.
 import argparse
 import contextlib
 import datetime
-import gc
 import importlib
 import itertools
 import json
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from odn_fast import ops
+from odn_fast.engine.device import collecting_no_garbage
 from odn_fast.ops._choose import CannotRun, using
 from odn_fast.record import write_atomically
 
@@ -173,13 +173,9 @@ def capture(function: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    gc.disable()  # a compiled kernel that is collected unloads its module, which no capture survives
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                function()
-    finally:
-        gc.enable()
+    with collecting_no_garbage(), torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            function()
     graph.instantiate()
     return graph
 

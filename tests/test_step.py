@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -157,9 +158,14 @@ def test_optimizers_go_on_from_what_was_saved():
             assert torch.equal(first, second)
 
 
-def test_no_graph_is_replayed_while_one_is_captured(monkeypatch):
-    """By several trainings at once. With stand-ins for CUDA's streams and graphs: steps run on the CPU."""
-    capturing, replayed = threading.Event(), []
+@pytest.fixture
+def captures(monkeypatch):
+    """Stand-ins for CUDA's streams and graphs, so that captured steps run on the CPU: `made()` makes one, to be given nothing.
+
+    capturing: an event, set for some time while a graph is captured; replayed: at every replay, whether it was; collecting: at
+    every capture, whether the garbage collector was on.
+    """
+    capturing, replayed, collecting = threading.Event(), [], []
 
     class Graph:
         def replay(self):
@@ -168,6 +174,7 @@ def test_no_graph_is_replayed_while_one_is_captured(monkeypatch):
     @contextlib.contextmanager
     def capture(*_, **__):
         capturing.set()
+        collecting.append(gc.isenabled())
         time.sleep(0.2)
         yield
         capturing.clear()
@@ -177,19 +184,30 @@ def test_no_graph_is_replayed_while_one_is_captured(monkeypatch):
                            "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": capture}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
-    def captured_step():
+    def made():
         model, batches = network_on("cpu"), batches_on("cpu")
         step = CapturedStep(model, classification_loss, make_sgd(model, 0.05, 0.9, 5e-4, "cpu"), batches, FitConfig())
         return partial(step, next(batches.inputs("k", 0)), Training(0.05))
 
-    first, second = captured_step(), captured_step()
+    return SimpleNamespace(made=made, capturing=capturing, replayed=replayed, collecting=collecting)
+
+
+def test_no_graph_is_replayed_while_one_is_captured(captures):
+    """By several trainings at once."""
+    first, second = captures.made(), captures.made()
     first()  # is captured, and replayed
     other = threading.Thread(target=second)
     other.start()
-    assert capturing.wait(60)
+    assert captures.capturing.wait(60)
     while other.is_alive():
         first()
-    assert len(replayed) > 2 and not any(replayed)
+    assert len(captures.replayed) > 2 and not any(captures.replayed)
+
+
+def test_no_garbage_is_collected_while_a_graph_is_captured(captures):
+    assert gc.isenabled()
+    captures.made()()
+    assert captures.collecting == [False] and gc.isenabled()
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""Which devices there are, and waiting for them."""
+"""Which devices there are, waiting for them, and what may not happen while one is captured."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
 
 import torch
 
@@ -21,3 +25,16 @@ def wait_for(device: torch.device | str):
     """Until the device has done what this thread gave it; a GPU works behind the caller's back."""
     if torch.device(device).type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+@contextlib.contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """Around the capture of a CUDA graph, which ends where a module of compiled kernels is unloaded, as it is with whatever
+    network of `torch.compile` the garbage collector finds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

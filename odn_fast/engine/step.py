@@ -16,7 +16,7 @@ from ..data import Source
 from ..nn import deferred_statistics
 from ..record import RunError
 from .convergence import Training
-from .device import wait_for
+from .device import collecting_no_garbage, wait_for
 from .precision import autocast
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -124,7 +124,8 @@ class CapturedStep(TrainStep):
             self.optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
             try:
-                with _graphs, torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                with (_graphs, collecting_no_garbage(),
+                      torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")):
                     total, correct, images = self.run(*given)
                     torch._foreach_add_(list(self._sums), [total, correct])
             except torch.OutOfMemoryError:
