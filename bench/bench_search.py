@@ -7,7 +7,7 @@ images (from ODN_FAST_DATA). Both arms read the same data, start from the same w
 epoch and read the test split once; both have the allocator tuned. Ours is what a user calls, with everything that it leaves: events,
 checkpoints, artefacts, latencies, report. The authors' is in `authors.py`: fp32, one image at a time through PIL. Every search runs
 in a process of its own, the arms taking turns; imports are not counted. Accuracies must not lie below the authors' by more than
-chance explains. MNIST takes one search an arm, and about half an hour in all on two cores; digits three, and minutes.
+chance explains. MNIST takes one search an arm, and 40 minutes in all on two cores; digits three, and minutes.
 
 On a GPU: MNIST, all 50,000 training images, 82 and 80 epochs as in the authors' notebooks. Their loop would take long: it runs
 a few epochs of each phase, and its time is what as many as ours would take at that pace.
