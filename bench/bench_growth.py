@@ -20,8 +20,9 @@ from odn_fast.data import Normalisation, Split
 from odn_fast.engine import autocast
 from odn_fast.engine.distillation import TeacherMaps, growth_loss
 from odn_fast.models import StudentNetwork
+from odn_fast.models.resnet import CifarResNet
 from odn_fast.models.student_graph import deepen, initial_graph, widen
-from odn_fast.models.teachers import cifar_resnet, teacher_of
+from odn_fast.models.teachers import teacher_of
 from odn_fast.ops._library import on_references
 
 BATCH, STEPS, IMAGES = 128, 3, 512
@@ -65,7 +66,7 @@ def test_bench_growth(precision):
     harness.prepare(threads=2)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
-    network = cifar_resnet(56, 10)
+    network = CifarResNet(56, 10)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # running statistics become those of the images, so that maps are of an ordinary size

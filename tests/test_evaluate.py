@@ -18,7 +18,8 @@ from odn_fast import evaluate
 from odn_fast.config import from_values, resolve, to_yaml
 from odn_fast.export import Description, NetworkInput, save_model
 from odn_fast.models import create
-from odn_fast.models.teachers import PUBLIC_MEAN, PUBLIC_STD, cifar_resnet
+from odn_fast.models.resnet import CifarResNet
+from odn_fast.models.teachers import PUBLIC_MEAN, PUBLIC_STD
 
 SEED = 3
 
@@ -134,7 +135,7 @@ def test_a_network_sees_images_as_it_was_trained_on_them(tmp_path, pictures, cap
 
 
 def test_a_public_checkpoint_sees_images_as_it_was_trained_on_them(tmp_path, pictures, capsys):
-    kept = trained_looking(cifar_resnet(20, 4))
+    kept = trained_looking(CifarResNet(20, 4))
     split = data_sets.load(pictures).train
     x = (split.images / 255 - torch.tensor(PUBLIC_MEAN)[:, None, None]) / torch.tensor(PUBLIC_STD)[:, None, None]
     undecided(kept, x, kept.linear)
@@ -148,7 +149,7 @@ def test_pictures_are_brought_to_the_size_of_the_network(tmp_path, capsys):
     folder = write_folder(tmp_path / "pictures")
     description = Description(NetworkInput((3, 16, 16), 255.0, (0.4,) * 3, (0.2,) * 3), ("class 0", "class 1"), "own", 1)
     save_model(tmp_path / "alone", network(3, 2), description, {})
-    torch.save(cifar_resnet(20, 2).state_dict(), tmp_path / "public.th")
+    torch.save(CifarResNet(20, 2).state_dict(), tmp_path / "public.th")
     for given, size in (("alone", "3x16x16"), ("public.th", "3x32x32")):
         said, warned = evaluated(capsys, tmp_path / given, "--dataset", folder, "--split", "train")
         assert f"train split, 22 images of {size}, 2 classes" in said[1] and not warned
@@ -189,7 +190,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_status_2(run, pictures, tmp_pa
         Path(name).mkdir()
     Path("VIEWS/config.yaml").write_text("kind: grow-views\n")
     Path("broken.th").write_text("no archive")
-    torch.save(cifar_resnet(20, 10).state_dict(), "twenty.th")
+    torch.save(CifarResNet(20, 10).state_dict(), "twenty.th")
     save_model(Path("ALONE"), network(classes=4), Description(DESCRIPTION.input, tuple("0123"), "own", 1), {})
     save_model(Path("DAMAGED/model"), network(), DESCRIPTION, {})
     write_run(Path("DAMAGED"), network(), dataset="digits")

@@ -12,6 +12,7 @@ import odn_fast.report
 from odn_fast.config import ConfigError
 from odn_fast.data import Normalisation, load
 from odn_fast.engine import accuracy, confusion
+from odn_fast.models.resnet import CifarResNet
 from odn_fast.models.student_graph import StudentGraph, count, deepen, widen
 from odn_fast.models.teachers import teacher_of
 from odn_fast.ops._library import on_references
@@ -279,7 +280,7 @@ def test_a_teacher_that_does_not_fit_the_data(tmp_path, teacher, words):
 def test_a_teacher_from_a_file(tmp_path):
     with pytest.raises(ValueError, match="none.th: cannot be read"):
         grow("none.th", "digits", out=tmp_path / "run")
-    network = odn_fast.models.teachers.cifar_resnet(20, 10, 1)
+    network = CifarResNet(20, 10, 1)
     torch.save({"state_dict": network.state_dict()}, tmp_path / "teacher.th")
     result = grow(tmp_path / "teacher.th", "digits", budget="6k", limit_train=100, out=tmp_path / "run", controls=[], **QUICK)
     assert result.teacher["name"] == "ResNet-20" and result.stages == 0

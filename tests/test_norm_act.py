@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import ON_CPU, use_implementation
 from odn_fast import _extension
-from odn_fast.models import BasicBlock, Bottleneck, DepthNetwork, FoldedNetwork, create, resnet
-from odn_fast.models.teachers import cifar_resnet
+from odn_fast.models import BasicBlock, Bottleneck, FoldedNetwork, create, resnet
+from odn_fast.models.resnet import CifarResNet
 from odn_fast.nn import ResidualSeparableUnit, deferred_statistics, norm_act
 from odn_fast.reference import batch_norm_act as reference
 
@@ -152,7 +152,7 @@ def small(block):
 NETWORKS = {
     "basic": lambda: small(BasicBlock).at_depth(),
     "bottleneck": lambda: small(Bottleneck).at_depth(),
-    "cifar": lambda: cifar_resnet(20, 5).double(),
+    "cifar": lambda: CifarResNet(20, 5).double(),
 }
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from odn_fast.models import teachers
-from odn_fast.models.teachers import ImageNetResNet50, block_names, cifar_resnet, load_teacher, teacher_of
+from odn_fast.models.resnet import CifarResNet
+from odn_fast.models.teachers import block_names, load_teacher, teacher_of
 
 
 def trained_looking(network):
@@ -25,20 +26,14 @@ def trained_looking(network):
 @pytest.mark.parametrize("depth, params, flops", [(20, 269_722, 40.93), (56, 853_018, 126.55), (110, 1_727_962, 254.98)])
 def test_counts_are_those_of_the_papers(depth, params, flops):
     """ResNet-56 and ResNet-110 as in SEArch's tables: 126.6 and 255.0 M FLOPs."""
-    teacher = teacher_of(cifar_resnet(depth, 10), None, (3, 32, 32), f"ResNet-{depth}")
+    teacher = teacher_of(CifarResNet(depth, 10), None, (3, 32, 32), f"ResNet-{depth}")
     assert (teacher.params, round(teacher.flops / 1e6, 2)) == (params, pytest.approx(flops, abs=0.011))
     assert len(teacher.map_shapes) == (depth - 2) // 2
     assert teacher.map_shapes[0] == (16, 32, 32) and teacher.map_shapes[-1] == (64, 8, 8)
 
 
-def test_resnet50_by_structure():
-    teacher = teacher_of(ImageNetResNet50(), None, (3, 64, 64), "ResNet-50")
-    assert teacher.params == 25_557_032 and len(teacher.map_shapes) == 16
-    assert teacher.map_shapes[0] == (256, 16, 16) and teacher.map_shapes[-1] == (2048, 2, 2)
-
-
 def test_maps_and_logits_are_those_of_the_network_in_eval_mode():
-    network = trained_looking(cifar_resnet(20, 7, in_channels=1)).double()
+    network = trained_looking(CifarResNet(20, 7, in_channels=1)).double()
     x, outputs = torch.rand(3, 1, 9, 11, dtype=torch.float64), []
     hooks = [network.get_submodule(name).register_forward_hook(lambda *args: outputs.append(args[2])) for name in block_names(network)]
     logits = network(x)
@@ -55,14 +50,14 @@ def test_maps_and_logits_are_those_of_the_network_in_eval_mode():
 
 
 def test_nothing_beyond_the_last_map_wanted_is_computed():
-    teacher = teacher_of(cifar_resnet(20, 10), None, (3, 8, 8), "small")
+    teacher = teacher_of(CifarResNet(20, 10), None, (3, 8, 8), "small")
     used = {node.target for node in teacher._part((2,)).graph.nodes if node.op == "call_module"}
     assert any(name.startswith("layer1.1") for name in used)
     assert not any(name.startswith(("layer1.2", "layer2", "layer3", "linear")) for name in used)
 
 
 def test_it_stays_frozen_and_the_network_as_it_was():
-    network = cifar_resnet(20, 10).train()
+    network = CifarResNet(20, 10).train()
     teacher = teacher_of(network, None, (3, 8, 8), "small").train()
     assert network.training and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert all(p.requires_grad for p in network.parameters())
@@ -71,7 +66,7 @@ def test_it_stays_frozen_and_the_network_as_it_was():
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_it_is_made_where_its_network_lies(device):
     given = []
-    network = cifar_resnet(20, 10).to(device)
+    network = CifarResNet(20, 10).to(device)
     teacher = teacher_of(network, None, (3, 8, 8), "t", mean=(0.5,) * 3, std=(0.2,) * 3)
     assert {tensor.device.type for tensor in teacher.state_dict().values()} == {device}
     teacher._input = lambda x: given.append(x.device.type) or x
@@ -92,7 +87,7 @@ def test_any_module_with_named_maps():
 
 
 def test_what_is_no_map_is_refused():
-    network = cifar_resnet(20, 10)
+    network = CifarResNet(20, 10)
     with pytest.raises(ValueError, match="'layer1.7' is no submodule of CifarResNet; near it are layer1.0"):
         teacher_of(network, ["layer1.7"], (3, 8, 8), "t")
     with pytest.raises(ValueError, match="no names"):
@@ -104,11 +99,11 @@ def test_what_is_no_map_is_refused():
     with pytest.raises(ValueError, match="there is no map 10; expected 1 to 9"):
         teacher.maps(torch.zeros(1, 3, 8, 8), [10])
     with pytest.raises(ValueError, match="depth is 18, expected one of 20, 32"):
-        cifar_resnet(18, 10)
+        CifarResNet(18, 10)
 
 
 def test_checkpoints_are_read_with_and_without_the_wrapper(tmp_path):
-    network = trained_looking(cifar_resnet(32, 10))
+    network = trained_looking(CifarResNet(32, 10))
     torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}, "best_prec1": 9.0}, tmp_path / "a")
     torch.save(network.state_dict(), tmp_path / "b")
     x = torch.rand(2, 3, 16, 16)
@@ -119,7 +114,7 @@ def test_checkpoints_are_read_with_and_without_the_wrapper(tmp_path):
 
 
 def test_a_public_teacher_sees_the_images_it_was_trained_on_whatever_the_data_set_does_to_them(tmp_path):
-    torch.save(trained_looking(cifar_resnet(20, 10)).state_dict(), tmp_path / "file")
+    torch.save(trained_looking(CifarResNet(20, 10)).state_dict(), tmp_path / "file")
     x, mean, std = torch.rand(2, 3, 16, 16), (0.3, 0.5, 0.6), (0.2, 0.3, 0.1)
     given = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     plain, other = (load_teacher(tmp_path / "file", 10, (3, 16, 16), *how) for how in ((), ((mean, std),)))
@@ -146,7 +141,7 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path):
     torch.save({"weight": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="holds no CIFAR ResNet"):
         load_teacher(path, 10, (3, 32, 32))
-    state = cifar_resnet(20, 10).state_dict()
+    state = CifarResNet(20, 10).state_dict()
     torch.save(state, path)
     with pytest.raises(ValueError, match="has 10 classes, the data set 100"):
         load_teacher(path, 100, (3, 32, 32))

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn import norm_act
 from .fold import FoldedNetwork, graph_module
 from .profile import profile
-from .resnet import Bottleneck
+from .resnet import CIFAR_DEPTHS, CifarResNet
 
-DEPTHS = (20, 32, 44, 56, 110)  # of CIFAR ResNets: 6 n + 2
+NETWORKS = {f"resnet{depth}": depth for depth in CIFAR_DEPTHS}  # that can be trained first
 # What the public CIFAR-10 checkpoints were trained on: (x - mean) / std of images in [0, 1].
 PUBLIC_MEAN, PUBLIC_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -133,106 +131,15 @@ def _map_tracer(network: nn.Module, names: Sequence[str]) -> fx.Tracer:
     return MapTracer()
 
 
-# ---- networks
-
-
-class CifarResNet(nn.Module):
-    """ResNet of depth 6 n + 2 for 32x32 images (He et al. 2016, section 4.2) with shortcuts without parameters (option A).
-
-    Three stages of n basic blocks with 16, 32 and 64 channels; submodules are named as in the public checkpoints of
-    akamaster/pytorch_resnet_cifar10.
-    """
-
-    def __init__(self, depth: int, classes: int, in_channels: int = 3):
-        super().__init__()
-        if depth not in DEPTHS:
-            raise ValueError(f"teacher: depth is {depth}, expected one of {', '.join(map(str, DEPTHS))}")
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        blocks = (depth - 2) // 6
-        self.layer1, self.layer2, self.layer3 = (
-            nn.Sequential(*(_BasicBlockA(*_block_sizes(channels, stage, position)) for position in range(blocks)))
-            for stage, channels in enumerate((16, 32, 64)))
-        self.linear = nn.Linear(64, classes)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = norm_act(self.bn1, self.conv1(x), F.relu)
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-def _block_sizes(channels: int, stage: int, position: int) -> tuple[int, int, int]:
-    """Channels in, channels out and stride of a block of a stage."""
-    first = stage > 0 and position == 0
-    return (channels // 2, channels, 2) if first else (channels, channels, 1)
-
-
-class _BasicBlockA(nn.Module):
-    """Two 3x3 convolutions; the shortcut takes every second pixel and pads channels with zeros."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.added = stride, (channels - in_channels) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), F.relu)
-        return norm_act(self.bn2, self.conv2(y), F.relu, lambda: self._shortcut(x))
-
-    def _shortcut(self, x: Tensor) -> Tensor:
-        if self.stride == 1:
-            return x
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added, self.added))
-
-
-class ImageNetResNet50(nn.Module):
-    """ResNet-50 for 224x224 images (He et al. 2016, table 1), its stride in the 3x3 convolution of a block."""
-
-    def __init__(self, classes: int = 1000, in_channels: int = 3):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        width, stages = 64, []
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            channels, layers = 64 << stage, []
-            for position in range(blocks):
-                layers.append(Bottleneck(width, channels, 2 if stage > 0 and position == 0 else 1))
-                width = channels * Bottleneck.expansion
-            stages.append(nn.Sequential(*layers))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.linear = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(norm_act(self.bn1, self.conv1(x), self.relu))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(x.mean((2, 3)))
-
-
-NETWORKS = {f"resnet{depth}": depth for depth in DEPTHS}
-
-
-def cifar_resnet(depth: int, classes: int, in_channels: int = 3) -> CifarResNet:
-    """An untrained CIFAR ResNet of depth 20, 32, 44, 56 or 110; drawn from PyTorch's global generator."""
-    return CifarResNet(depth, classes, in_channels)
-
-
 def block_names(network: nn.Module) -> list[str]:
-    """Names of the residual blocks of a network of this file, in order: its maps."""
+    """Names of the residual blocks of a ResNet whose stages are called layer1, layer2, ..., in order: its maps."""
     return [f"{layer}.{position}" for layer, stage in network.named_children() if re.fullmatch(r"layer\d", layer)
             for position in range(len(stage))]
 
 
 def teacher_of(network: nn.Module, names: Sequence[str] | None, input_shape: tuple[int, int, int], name: str,
                mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Teacher:
-    """A `Teacher`; names: of the submodules whose outputs are its maps, None for the blocks of a network of this file."""
+    """A `Teacher`; names: of the submodules whose outputs are its maps, None for the blocks of a ResNet."""
     return Teacher(network, block_names(network) if names is None else names, input_shape, name, mean, std)
 
 
@@ -261,8 +168,8 @@ def load_teacher(path: str | Path, classes: int, input_shape: tuple[int, int, in
     state = {key.removeprefix("module."): value for key, value in state.items()}
     blocks = len({key.split(".")[1] for key in state if key.startswith("layer1.")})
     depth = 6 * blocks + 2
-    if depth not in DEPTHS or "linear.weight" not in state or state["linear.weight"].dim() != 2:
-        raise ValueError(f"teacher {path}: holds no CIFAR ResNet of depth {', '.join(map(str, DEPTHS))} "
+    if depth not in CIFAR_DEPTHS or "linear.weight" not in state or state["linear.weight"].dim() != 2:
+        raise ValueError(f"teacher {path}: holds no CIFAR ResNet of depth {', '.join(map(str, CIFAR_DEPTHS))} "
                          f"(it has {blocks} blocks in its first stage)")
     if len(state["linear.weight"]) != classes:
         raise ValueError(f"teacher {path}: has {len(state['linear.weight'])} classes, the data set {classes}")

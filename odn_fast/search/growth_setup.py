@@ -8,7 +8,8 @@ from torch import nn
 from ..config import ConfigError, GrowConfig
 from ..data import DataSet
 from ..models import StudentGraph, count, initial_graph
-from ..models.teachers import NETWORKS, Teacher, cifar_resnet, load_teacher, teacher_of
+from ..models.resnet import CifarResNet
+from ..models.teachers import NETWORKS, Teacher, load_teacher, teacher_of
 from .growth_rules import Limits
 
 
@@ -16,7 +17,7 @@ def teacher_network(config: GrowConfig, data: DataSet) -> nn.Module:
     """The named network that is to become the teacher, initialised from the seed without touching the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        return cifar_resnet(NETWORKS[config.teacher.train], data.num_classes, data.input_shape[0])
+        return CifarResNet(NETWORKS[config.teacher.train], data.num_classes, data.input_shape[0])
 
 
 def create_teacher(config: GrowConfig, data: DataSet) -> Teacher:
