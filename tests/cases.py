@@ -1,7 +1,7 @@
 """Shapes, dtypes, layouts and implementations that op tests share."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 
@@ -20,6 +20,7 @@ MARKS = {"triton": [pytest.mark.gpu], "cuda": [pytest.mark.gpu, pytest.mark.nvcc
 ON_GPU = tuple(pytest.param(name, marks=MARKS[name]) for name in GPU if torch.cuda.is_available())
 ON_CPU = ("reference", *_extension.instruction_sets())
 IMPLEMENTATIONS = (*ON_CPU, *ON_GPU)
+OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 # of separable convolutions, by name: N, C_in, C_out, H, W
 SEPARABLE_SHAPES = {
@@ -112,6 +113,19 @@ def _on_gpu(name: str, reference: ModuleType) -> Iterator[None]:
 def autocast(dtype: torch.dtype) -> torch.autocast:
     """Of the device on which tensors are made."""
     return torch.autocast(torch.get_default_device().type, dtype=dtype)
+
+
+def leaves(tensors: Iterable[Tensor | None], dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """Tensors to differentiate by, in `dtype` or their own; None stays None."""
+    return [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+
+
+def run(function: Callable, inputs: Iterable[Tensor | None], grad_y: Tensor, settings: dict, truth: bool = False):
+    """((y, mean, var), gradients of the tensors among `inputs`), in float64 from the same rounded values if `truth`."""
+    inputs = leaves(inputs, torch.float64 if truth else None)
+    results = function(*inputs, **settings)
+    tensors = [tensor for tensor in inputs if tensor is not None]
+    return [result.detach() for result in results], torch.autograd.grad(results[0], tensors, grad_y.to(results[0].dtype))
 
 
 def names_device(message: str) -> str:

@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; the kernels then run on CPU tensors
 
+from cases import IMPLEMENTATIONS, use_implementation
 from odn_fast.ops._choose import CannotRun
 
 
@@ -50,6 +51,13 @@ def two_threads_and_a_seed():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """Every implementation of the ops whose references are in what the test's file calls `reference`."""
+    with use_implementation(request.param, request.module.reference):
+        yield request.param
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import FLOATING, GPU, IMPLEMENTATIONS, LAYOUTS, ON_CPU, ON_GPU, autocast, names_device, use_implementation
+from cases import FLOATING, GPU, LAYOUTS, ON_CPU, ON_GPU, OPCHECK, autocast, names_device
 from odn_fast.data.dataset import Normalisation
 from odn_fast.ops import augment, scale_and_shift
 from odn_fast.reference import augment as reference
@@ -16,8 +16,6 @@ from odn_fast.reference import augment as reference
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 op = torch.ops.odn_fast.augment.default
-
-OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 SHAPES = {  # of the resident set
     "odd": (6, 3, 7, 5),
@@ -31,12 +29,6 @@ SHAPES = {  # of the resident set
     "long_rows": (2, 1, 2, 17000),
 }
 SETTINGS = {"none": (0, False), "crop": (4, False), "flip": (0, True), "both": (2, True), "beyond": (40, True)}
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with use_implementation(request.param, reference):
-        yield request.param
 
 
 def resident(shape="odd", layout="nchw"):

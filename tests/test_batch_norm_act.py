@@ -13,18 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import (
-    FLOATING,
-    IMPLEMENTATIONS,
-    LAYOUTS,
-    ON_CPU,
-    assert_accurate,
-    autocast,
-    has_kernel,
-    names_device,
-    typical_sum,
-    use_implementation,
-)
+from cases import FLOATING, LAYOUTS, ON_CPU, OPCHECK, assert_accurate, autocast, has_kernel, leaves, names_device, run, typical_sum
 from odn_fast.ops import batch_norm_act
 from odn_fast.reference import batch_norm_act as reference
 
@@ -33,8 +22,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 op = torch.ops.odn_fast.batch_norm_act_train.default
 backward_op = torch.ops.odn_fast.batch_norm_act_train_backward.default
 KERNELS = has_kernel("batch_norm_act_train") and has_kernel("batch_norm_act_train_backward")
-
-OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 SHAPES = {
     "odd": (3, 17, 7, 5),
@@ -46,12 +33,6 @@ SHAPES = {
     "wide": (2, 40, 3, 18),
     "remainders": (5, 179, 8, 13),
 }
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with use_implementation(request.param, reference):
-        yield request.param
 
 
 def make_inputs(shape="odd", dtype=torch.float32, layout="channels_last", norm_dtype=None, residual=None, mean=0.0):
@@ -72,10 +53,6 @@ def plain(x, weight, bias, residual=None, eps=1e-5, relu=True):
     return y.relu() if relu else y, mean, var
 
 
-def leaves(inputs, dtype=None):
-    return [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
-
-
 def upstream(inputs, settings, layout="channels_last"):
     """A gradient for y, zero where the ReLU's true argument is within rounding of zero."""
     arguments = plain(*leaves(inputs, torch.float64), **{**settings, "relu": False})[0]
@@ -84,14 +61,6 @@ def upstream(inputs, settings, layout="channels_last"):
         tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float64: 0.0}[inputs[0].dtype]
         grad[arguments.abs() < tolerance * arguments.abs().max()] = 0
     return LAYOUTS[layout](grad.to(inputs[0].dtype))
-
-
-def run(function, inputs, grad_y, settings, truth=False):
-    """((y, mean, var), gradients of the tensors among `inputs`), in float64 from the same rounded values if `truth`."""
-    inputs = leaves(inputs, torch.float64 if truth else None)
-    results = function(*inputs, **settings)
-    tensors = [tensor for tensor in inputs if tensor is not None]
-    return [result.detach() for result in results], torch.autograd.grad(results[0], tensors, grad_y.to(results[0].dtype))
 
 
 def check_accuracy(inputs, layout="channels_last", **settings):

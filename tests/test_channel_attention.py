@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import FLOATING, IMPLEMENTATIONS, LAYOUTS, ON_CPU, assert_accurate, autocast, names_device, use_implementation
+from cases import FLOATING, LAYOUTS, ON_CPU, OPCHECK, assert_accurate, autocast, names_device
 from odn_fast.ops import TeacherStatistics, channel_attention, channel_attention_loss, teacher_statistics
 from odn_fast.reference import channel_attention as reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 ops = torch.ops.odn_fast
-OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 # name: batch, (C_s, H, W) of the student, (C_t, H', W') of the teacher
 SHAPES = {
@@ -29,12 +28,6 @@ SHAPES = {
     "larger_student": (2, (5, 9, 6), (6, 4, 3)),
     "crossed": (2, (5, 9, 3), (6, 4, 6)),
 }
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with use_implementation(request.param, reference):
-        yield request.param
 
 
 def make_inputs(shape="odd", dtype=torch.float32, layout="channels_last", teacher_dtype=None, teacher_layout=None):

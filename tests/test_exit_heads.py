@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import FLOATING, GPU, IMPLEMENTATIONS, LAYOUTS, ON_CPU, assert_accurate, autocast, names_device, use_implementation
+from cases import FLOATING, GPU, LAYOUTS, ON_CPU, OPCHECK, assert_accurate, autocast, names_device
 from odn_fast.ops import exit_heads
 from odn_fast.reference import exit_heads as reference
 
@@ -17,20 +17,12 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 op = torch.ops.odn_fast.exit_heads.default
 backward_op = torch.ops.odn_fast.exit_heads_backward.default
 
-OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-
 # name: batch, classes, (C, H, W) of every depth
 SHAPES = {
     "odd": (5, 10, [(3, 7, 5), (17, 4, 4), (1, 3, 9)]),
     "one_of_everything": (1, 1, [(1, 1, 1)]),
     "resnet": (13, 26, [(64, 28, 28), (130, 7, 7), (256, 1, 1)]),
 }
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with use_implementation(request.param, reference):
-        yield request.param
 
 
 def make_inputs(shape="odd", dtype=torch.float32, layout="channels_last", weight_dtype=None, bias_dtype=None):

@@ -16,20 +16,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from cases import (
     FLOATING,
     GPU,
-    IMPLEMENTATIONS,
     LAYOUTS,
     ON_CPU,
+    OPCHECK,
     SEPARABLE_SHAPES,
     assert_accurate,
     assert_unchanged,
     autocast,
     has_kernel,
+    leaves,
     names_device,
     plain_separable_conv,
+    run,
     separable_parameters,
     typical_sum,
     upstream_gradient,
-    use_implementation,
 )
 from odn_fast.ops import separable_conv_train
 from odn_fast.reference import separable_conv as reference
@@ -39,14 +40,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 op = torch.ops.odn_fast.separable_conv_train.default
 backward_op = torch.ops.odn_fast.separable_conv_train_backward.default
 KERNELS = has_kernel("separable_conv_train") and has_kernel("separable_conv_train_backward")
-
-OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with use_implementation(request.param, reference):
-        yield request.param
 
 
 def make_inputs(shape="odd", dtype=torch.float32, layout="channels_last", conv_dtype=None, norm_dtype=None,
@@ -64,18 +57,6 @@ def plain(x, dw, pw, bn_weight, bn_bias, residual=None, stride=1, eps=1e-5, relu
     if residual is not None:
         y = y + residual.to(y.dtype)
     return y.relu() if relu else y, mean, var
-
-
-def leaves(inputs, dtype=None):
-    return [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
-
-
-def run(function, inputs, grad_y, settings, truth=False):
-    """((y, mean, var), gradients of the tensors among `inputs`), in float64 from the same rounded values if `truth`."""
-    inputs = leaves(inputs, torch.float64 if truth else None)
-    results = function(*inputs, **settings)
-    tensors = [tensor for tensor in inputs if tensor is not None]
-    return [result.detach() for result in results], torch.autograd.grad(results[0], tensors, grad_y.to(results[0].dtype))
 
 
 def check_accuracy(inputs, layout="channels_last", **settings):

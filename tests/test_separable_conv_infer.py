@@ -11,16 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from cases import (
     FLOATING,
     GPU,
-    IMPLEMENTATIONS,
     LAYOUTS,
     ON_CPU,
+    OPCHECK,
     SEPARABLE_SHAPES,
     assert_accurate,
     autocast,
     has_kernel,
     names_device,
     separable_parameters,
-    use_implementation,
 )
 from odn_fast.ops import separable_conv_infer
 from odn_fast.reference import separable_conv as reference
@@ -30,14 +29,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 op = torch.ops.odn_fast.separable_conv_infer.default
 KERNEL = has_kernel("separable_conv_infer")
 
-OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "hard_swish": F.hardswish, "silu": F.silu}
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with use_implementation(request.param, reference):
-        yield request.param
 
 
 def make_inputs(shape="odd", dtype=torch.float32, layout="channels_last", conv_dtype=None, bias_dtype=None,

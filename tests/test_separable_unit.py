@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from cases import (
-    FLOATING, GPU, IMPLEMENTATIONS, LAYOUTS, ON_CPU, assert_accurate, assert_unchanged, autocast, has_kernel, names_device,
-    plain_pointwise, plain_separable_conv, separable_parameters, typical_sum, upstream_gradient, use_implementation,
+    FLOATING, GPU, LAYOUTS, ON_CPU, OPCHECK, assert_accurate, assert_unchanged, autocast, has_kernel, names_device,
+    plain_pointwise, plain_separable_conv, separable_parameters, typical_sum, upstream_gradient,
 )  # fmt: skip
 from odn_fast.ops import separable_conv_train, separable_unit_train
 from odn_fast.reference import separable_unit as reference
@@ -25,8 +25,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 op = torch.ops.odn_fast.separable_unit_train.default
 backward_op = torch.ops.odn_fast.separable_unit_train_backward.default
 KERNELS = has_kernel("separable_unit_train") and has_kernel("separable_unit_train_backward")
-
-OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 # name: (N, C_in, C_out, H, W), skip, stride
 UNITS = {
@@ -43,12 +41,6 @@ UNITS = {
     "no_skip_2": ((2, 3, 18, 9, 8), "none", 2),
     "no_skip_4": ((6, 16, 48, 9, 8), "none", 4),
 }
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    with use_implementation(request.param, reference):
-        yield request.param
 
 
 def make_inputs(unit="pooled", dtype=torch.float32, layout="channels_last", conv_dtype=None, norm_dtype=None):
