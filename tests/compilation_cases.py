@@ -66,9 +66,10 @@ def batch_norm_act(device: str, everything: bool) -> None:
 SEPARABLE = [(16, 16, 32, 1), (64, 64, 8, 1), (32, 32, 16, 1), (16, 32, 32, 2), (32, 64, 112, 1), (128, 128, 28, 1)]
 
 
-def separable_parameters(device: str, c_in: int, c_out: int) -> list[Tensor]:
-    """dw, pw, bn_weight, bn_bias; dw with taps by channels in memory."""
-    dw = torch.empty(3, 3, c_in, device=device).permute(2, 0, 1).unsqueeze(1)
+def separable_parameters(device: str, c_in: int, c_out: int, turned: bool = False) -> list[Tensor]:
+    """dw, pw, bn_weight, bn_bias; dw as layers have it, or turned, with taps by channels in memory."""
+    dw = torch.empty(c_in, 1, 3, 3, device=device)
+    dw = torch.empty(3, 3, c_in, device=device).permute(2, 0, 1).unsqueeze(1) if turned else dw
     return [dw, *(torch.empty(shape, device=device) for shape in ((c_out, c_in, 1, 1), (c_out,), (c_out,)))]
 
 
@@ -97,7 +98,7 @@ def separable_unit(device: str, everything: bool) -> None:
     for c_in, c_out, size, skip, stride in units if everything else units[3:4]:
         for dtype in (torch.bfloat16, torch.float32):
             x = feature_map(device, 128, c_in, size, size, dtype)
-            first, second = separable_parameters(device, c_in, c_out), separable_parameters(device, c_out, c_out)
+            first, second = separable_parameters(device, c_in, c_out), separable_parameters(device, c_out, c_out, turned=True)
             projection = first[1:] if skip == "projection" else []
             inputs, settings = (x, first, second, projection), (skip == "identity", stride, 1e-5)
             y, _, variances, zs, z_means = separable_unit_train(*inputs, *settings)
