@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .dataset import Normalisation, Split
+from .dataset import Normalisation
 from .errors import DataError
-
-if TYPE_CHECKING:
-    from .pictures import Pictures
+from .pictures import Pictures
+from .split import Split
 
 PADDING = 4  # pixels of raw value 0 on each side, of which a random crop keeps the original size
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .damage import Damage
-from .dataset import Split
 from .errors import DataError, reading, regular_file_size
+from .split import Split
 
 Result = TypeVar("Result")
 
