@@ -22,7 +22,7 @@ def epochs(phase: str, stage: int, accuracies: list, losses: int = 1, **more) ->
         improved = accuracy is not None and accuracy > best
         best = max(best, accuracy or 0.0)
         events.append({
-            "event": "epoch", "phase": phase, "stage": stage, **more, "epoch": number, "losses": [1.5 / number, 0.2][:losses],
+            "event": "epoch", "phase": phase, "stage": stage, **more, "epoch": number, "losses": [0.2, 1.5 / number][-losses:],
             "train_accuracies": [min(100.0, 60.0 + 4 * number)], "validation_accuracy": accuracy, "lr": 0.025 * 0.1 ** (number // 6),
             "seconds": 2.0, "images_per_second": 600.0, "improved": improved, "best_accuracy": best, "counter": 0})
     return events

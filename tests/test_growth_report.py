@@ -9,7 +9,7 @@ from synthetic_run import Page
 
 from odn_fast.models import Edge, Node, StudentGraph, deepen, initial_graph, widen
 from odn_fast.record import RunError
-from odn_fast.report import read_run, write_report
+from odn_fast.report import growth_plots, read_run, write_report
 from odn_fast.report.__main__ import main
 from odn_fast.report.growth import graphs, headline, notes, verdict
 from odn_fast.report.growth_drawing import changed, levels, places
@@ -171,6 +171,15 @@ def test_plots_name_what_they_show(digits_page):
     assert {"1 (q = 9)", "2 (q = 4)"} <= set(figure(digits_page, "What nodes"))
     curves = figure(digits_page, "Learning curves")
     assert {"stage 1", "stage 4", "retraining", "best 98.67 %", "control: labels", "training loss"} <= set(curves)
+
+
+def test_the_loss_that_is_drawn_is_that_of_the_labels(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(growth_plots, "training_curves", lambda parts, *_: drawn.extend(parts) or "<svg></svg>")
+    write_report(Growth().write(tmp_path))
+    assert [part.label for part in drawn] == ["stage 1", "stage 2", "stage 3", "stage 4", "retraining"]
+    for part in drawn:
+        assert [epoch["losses"] for epoch in part.epochs] == [[1.5 / epoch["epoch"]] for epoch in part.epochs]
 
 
 def test_a_teacher_from_elsewhere_far_above_its_student(tmp_path):

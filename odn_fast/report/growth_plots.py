@@ -151,8 +151,8 @@ def growth_curves(stages: Sequence[tuple[int, Sequence[dict], float | None]], re
 
 
 def _of_labels(epochs: Sequence[dict]) -> list[dict]:
-    """Only the loss of the labels, which all the trainings have."""
-    return [epoch | {"losses": epoch["losses"][:1]} for epoch in epochs]
+    """Only the loss of the labels, which all the trainings have, as their last one."""
+    return [epoch | {"losses": epoch["losses"][-1:]} for epoch in epochs]
 
 
 def values_plot(stages: Sequence[dict], splits: Sequence[dict]) -> str:
