@@ -19,7 +19,8 @@ from ..engine import check_device
 from ..models.teachers import NETWORKS, Teacher
 from ..record import RunFolder
 from .display import Display, Silent
-from .growth_phases import Growth, grow_stages, prepare_teacher, restore_teacher, retrain, run_controls
+from .growth_controls import run_controls
+from .growth_phases import Growth, finish, grow_stages, prepare_teacher, restore_teacher, retrain, train_control
 from .growth_setup import check_teacher, create_teacher, first_student, limits_of, natural_width, teacher_checksum
 from .growth_state import GrowState
 from .lifecycle import (
@@ -156,8 +157,9 @@ def _phases(growth: Growth, session: Session, resumed: bool):
         if growth.state.phase != "teacher":
             restore_teacher(growth)
 
-    phases = {"teacher": prepare_teacher, "stage": grow_stages, "retrain": retrain, "control": run_controls}
-    go_through({name: partial(phase, growth) for name, phase in phases.items()}, growth.state, begin, growth.folder, growth.display)
+    phases = {"teacher": partial(prepare_teacher, growth), "stage": partial(grow_stages, growth), "retrain": partial(retrain, growth),
+              "control": partial(run_controls, growth, partial(train_control, growth)), "result": partial(finish, growth)}
+    go_through(phases, growth.state, begin, growth.folder, growth.display)
 
 
 def _announce(growth: Growth, session: Session, resumed: bool):

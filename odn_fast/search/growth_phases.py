@@ -19,6 +19,7 @@ from ..models import FoldedNetwork, StudentGraph, StudentNetwork, count, extract
 from ..models.teachers import Teacher
 from ..record import RunError, RunFolder
 from .display import Display, Silent
+from .growth_controls import begin_next_control
 from .growth_rules import Limits, Split, alpha, can_grow, choose_split, modification_value, one_sided, shares
 from .growth_setup import limits_of, teacher_network, trained_teacher
 from .growth_state import GrowState
@@ -189,12 +190,12 @@ def _look_for_collapse(growth: Growth, reached: float, measures: list[NodeMeasur
     for each in measures:
         if each.collapsed:
             state.collapsed = True
-            _warn(growth, f"stage {state.stage}: node {each.node} has collapsed: its map is close to zero (R {each.R:.3g} of "
-                          f"{each.R_zero:.3g} for a map of zeros), so R steers nothing"
-                          + ("" if growth.config.growth.standardize else "; leave --no-standardize out"))
+            remedy = "" if growth.config.growth.standardize else "; leave --no-standardize out"
+            growth.recorder.warn(f"stage {state.stage}: node {each.node} has collapsed: its map is close to zero (R {each.R:.3g} of "
+                                 f"{each.R_zero:.3g} for a map of zeros), so R steers nothing{remedy}")
     chance = 100 * torch.bincount(growth.data.validation.labels).max().item() / len(growth.data.validation)
     if reached <= chance:
-        _warn(growth, f"stage {state.stage}: validation accuracy {reached:.2f} % is no better than chance")
+        growth.recorder.warn(f"stage {state.stage}: validation accuracy {reached:.2f} % is no better than chance")
 
 
 def _split(growth: Growth, measures: list[NodeMeasure]) -> Split:
@@ -242,32 +243,27 @@ def retrain(growth: Growth):
         growth.recorder.checkpoint()
     network.load_state_dict(state.training.best_weights)
     _save_student(growth, network)
-    _next_control(growth)
+    begin_next_control(growth)
 
 
-def run_controls(growth: Growth):
-    """The same graph trained otherwise for as many epochs: what growth has to be compared with."""
-    state, training = growth.state, growth.config.training
-    while state.phase == "control":
-        name, epochs = state.control, _control_epochs(growth, state.control)
-        network = _network(growth, state.student, None)
-        rule = SteppedEpochs(epochs, training.lr)
-        title = f"control {name}"
-        if state.training is None:
-            growth.display.message(f"{title}: {_CONTROLS[name]}, {epochs} epochs")
-        if name == "logits":
-            _train_on_labels(growth, network, title, title, rule, logit_loss(growth.data.train.labels, _soft_labels(growth)))
-        else:
-            _train_on_labels(growth, network, title, title, rule)
-        entry = {"name": name, "validation_accuracy": None, "test_accuracy": None, "epochs": state.training.epoch}
-        if state.training.best_weights is None:
-            _warn(growth, f"{title} diverged (the loss is not finite any more); there is nothing to compare with")
-        else:
-            reading = _read(growth, network, title)
-            entry |= {key: reading[key] for key in ("validation_accuracy", "test_accuracy")}
-        growth.folder.event("control", **entry, seconds=state.training.seconds)
-        state.controls.append(entry)
-        _next_control(growth)
+def train_control(growth: Growth, name: str) -> dict:
+    """Train the same graph otherwise for as many epochs; its accuracies on validation and test."""
+    state, epochs = growth.state, _control_epochs(growth, name)
+    network = _network(growth, state.student, None)
+    rule = SteppedEpochs(epochs, growth.config.training.lr)
+    title = f"control {name}"
+    if state.training is None:
+        growth.display.message(f"{title}: {_CONTROLS[name]}, {epochs} epochs")
+    if name == "logits":
+        _train_on_labels(growth, network, title, title, rule, logit_loss(growth.data.train.labels, _soft_labels(growth)))
+    else:
+        _train_on_labels(growth, network, title, title, rule)
+    reading = {"validation_accuracy": None, "test_accuracy": None}
+    if state.training.best_weights is None:
+        growth.recorder.warn(f"{title} diverged (the loss is not finite any more); there is nothing to compare with")
+    else:
+        reading = _read(growth, network, title)
+    return {key: reading[key] for key in ("validation_accuracy", "test_accuracy")} | {"epochs": state.training.epoch}
 
 
 _CONTROLS = {"labels": "the same graph from drawn weights, on labels, for as many epochs in all",
@@ -278,14 +274,6 @@ _CONTROLS = {"labels": "the same graph from drawn weights, on labels, for as man
 def _control_epochs(growth: Growth, name: str) -> int:
     settings = growth.config.growth
     return settings.retrain_epochs + (0 if name == "scratch" else growth.state.stages * settings.stage_epochs)
-
-
-def _next_control(growth: Growth):
-    """Move on to the next control, or to the end."""
-    if growth.state.begin_next_control(growth.config.growth.controls):
-        growth.recorder.checkpoint()
-    else:
-        _finish(growth)
 
 
 def _soft_labels(growth: Growth) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -346,7 +334,7 @@ def _save_student(growth: Growth, network: StudentNetwork):
         export.save_model(growth.folder.path / "model", extracted, description, manifest)
 
 
-def _finish(growth: Growth):
+def finish(growth: Growth):
     """Last event, report, last checkpoint."""
     state = growth.state
     state.begin("finished")
@@ -390,8 +378,3 @@ def _validation(growth: Growth, folded: FoldedNetwork) -> Callable[[Callable[[],
         return accuracy(confusion_of(folded.refresh(), growth.data, growth.data.validation, growth.config.run.device, after_batch))
 
     return validate
-
-
-def _warn(growth: Growth, text: str):
-    growth.display.warning(text)
-    growth.folder.event("warning", text=text)

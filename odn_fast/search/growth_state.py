@@ -8,7 +8,7 @@ from ..engine import Training
 from ..models import StudentGraph
 from .state import training_to_dict
 
-PHASES = ("teacher", "stage", "retrain", "control", "finished")
+PHASES = ("teacher", "stage", "retrain", "control", "result", "finished")
 
 
 @dataclass
@@ -72,14 +72,6 @@ class GrowState:
         self.phase, self.weights, self.control = phase, weights, control
         self.training = self.model = self.optimizer = None
         self.decided = time.perf_counter()
-
-    def begin_next_control(self, names: list[str]) -> bool:
-        """Move on to the first control of `names` that has not ended; False if all have."""
-        done = [entry["name"] for entry in self.controls]
-        left = [name for name in names if name not in done]
-        if left:
-            self.begin("control", control=left[0])
-        return bool(left)
 
     def begin_stage(self, graph: StudentGraph, weights: dict[str, Any] | None):
         """Move on to the next stage."""

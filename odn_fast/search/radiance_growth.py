@@ -18,12 +18,13 @@ from ..engine import check_device
 from ..models.radiance import RadianceField, RadianceShape
 from ..record import RunFolder
 from .display import Display, Silent
+from .growth_controls import run_controls
 from .growth_state import GrowState
 from .lifecycle import (
     Session, announce_computing, announce_resumption, at_work, from_settings, go_through, new_folder, record_start, reopened,
     with_threads)
 from .radiance_phases import (
-    RadianceGrowth, budget_of, first_shape, followed, grow_stages, prepare_teacher, retrain, run_controls, teacher_shape)
+    RadianceGrowth, budget_of, finish, first_shape, followed, grow_stages, prepare_teacher, retrain, teacher_shape, train_control)
 from .setup import default_folder, load_data
 
 
@@ -136,9 +137,9 @@ def _run(config: GrowViewsConfig, scene: Scene, checksum: str, folder: RunFolder
 
 
 def _phases(growth: RadianceGrowth, session: Session, resumed: bool):
-    phases = {"teacher": prepare_teacher, "stage": grow_stages, "retrain": retrain, "control": run_controls}
-    go_through({name: partial(phase, growth) for name, phase in phases.items()}, growth.state,
-               partial(_announce, growth, session, resumed), growth.folder, growth.display)
+    phases = {"teacher": partial(prepare_teacher, growth), "stage": partial(grow_stages, growth), "retrain": partial(retrain, growth),
+              "control": partial(run_controls, growth, partial(train_control, growth)), "result": partial(finish, growth)}
+    go_through(phases, growth.state, partial(_announce, growth, session, resumed), growth.folder, growth.display)
 
 
 def _announce(growth: RadianceGrowth, session: Session, resumed: bool):

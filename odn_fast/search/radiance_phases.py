@@ -24,6 +24,7 @@ from ..models.radiance import (
     RadianceField, RadianceShape, create_field, keep_neurons, narrow_widths, psnr, rendered, widen_layer)
 from ..record import RunError, RunFolder
 from .display import Display, Silent
+from .growth_controls import begin_next_control
 from .growth_rules import alpha
 from .growth_state import GrowState
 from .lifecycle import conclude
@@ -206,25 +207,17 @@ def retrain(growth: RadianceGrowth):
         growth.recorder.checkpoint()
     network.load_state_dict(state.model)
     _save_student(growth, network)
-    _next_control(growth)
+    begin_next_control(growth)
 
 
-def run_controls(growth: RadianceGrowth):
-    """Other fields of the same size, trained on colours for as many epochs: what growth has to be compared with."""
-    state, settings = growth.state, growth.config.growth
-    epochs = state.stages * settings.stage_epochs + settings.retrain_epochs
-    while state.phase == "control":
-        name = state.control
-        network = control_field(growth, name)
-        title = f"control {name}"
-        if state.training is None:
-            growth.display.message(f"{title}: {CONTROLS[name]}, {network.shape.params:,} parameters, {epochs} epochs")
-        _train(growth, network, title, title, epochs, _on_colours(growth))
-        entry = {"name": name, "params": network.shape.params, "widths": list(network.shape.widths), "epochs": epochs,
-                 **_read(growth, network, title)}
-        growth.folder.event("control", **entry, seconds=state.training.seconds)
-        state.controls.append(entry)
-        _next_control(growth)
+def train_control(growth: RadianceGrowth, name: str) -> dict:
+    """Train another field on colours for as many epochs as the student in all; its size and PSNR."""
+    settings, network, title = growth.config.growth, control_field(growth, name), f"control {name}"
+    epochs = growth.state.stages * settings.stage_epochs + settings.retrain_epochs
+    if growth.state.training is None:
+        growth.display.message(f"{title}: {CONTROLS[name]}, {network.shape.params:,} parameters, {epochs} epochs")
+    _train(growth, network, title, title, epochs, _on_colours(growth))
+    return {"params": network.shape.params, "widths": list(network.shape.widths), "epochs": epochs, **_read(growth, network, title)}
 
 
 CONTROLS = {"random": "neurons of the teacher drawn at random, the same share of every layer, as many as the student's size holds",
@@ -239,14 +232,6 @@ def control_field(growth: RadianceGrowth, name: str) -> RadianceField:
     if name == "narrow":
         return create_field(full.with_widths(widths), seed).to(growth.config.run.device)
     return keep_neurons(load_teacher(growth), widths, seed).requires_grad_(True)
-
-
-def _next_control(growth: RadianceGrowth):
-    """Move on to the next control, or to the end."""
-    if growth.state.begin_next_control(growth.config.growth.controls):
-        growth.recorder.checkpoint()
-    else:
-        _finish(growth)
 
 
 def _read(growth: RadianceGrowth, network: RadianceField, name: str) -> dict:
@@ -301,7 +286,7 @@ def _save_student(growth: RadianceGrowth, network: RadianceField):
     growth.folder.write("model/radiance.json", json.dumps(manifest, indent=1).encode())
 
 
-def _finish(growth: RadianceGrowth):
+def finish(growth: RadianceGrowth):
     """Last event, report, last checkpoint."""
     state, shape = growth.state, growth.shape
     state.begin("finished")

@@ -116,6 +116,11 @@ class Recorder:
         self._display.epoch(self._title, line + self._time_left(training, summary["seconds"]))
         self.waiting(model, optimizer, training)
 
+    def warn(self, text: str):
+        """On the screen and in the events."""
+        self._display.warning(text)
+        self._folder.event("warning", text=text)
+
     def checkpoint(self):
         """Save the state as it stands, outside a training."""
         self._state.seconds = self.seconds()
