@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -248,6 +249,19 @@ def test_the_literal_formula_shrinks_a_student_to_zero_and_that_is_said(tmp_path
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(RunError, match="stage 1: the loss is not finite any more; start again with a smaller --lr"):
         small(tmp_path, lr=1e30)
+
+
+def test_retraining_that_diverges_keeps_its_best_epoch_and_says_so(tmp_path, monkeypatch):
+    fit = sys.modules["odn_fast.engine.fit"]
+    looked, finite = [], fit._finite
+    monkeypatch.setattr(fit, "_finite", lambda model: looked.append(1) or finite(model) and len(looked) < 3)
+    result = small(tmp_path, budget=203, retrain_epochs=4)
+    reached = [event["validation_accuracy"] for event in events(result, "epoch")]
+    assert result.stages == 0 and len(reached) == 3 and reached[2] is None
+    assert result.validation_accuracy == pytest.approx(max(reached[:2]))
+    best = events(result, "retrain")[0]["best_epoch"]
+    assert [event["text"] for event in events(result, "warning")] == [
+        f"retraining: the loss is not finite any more after epoch 3 of 4; the best epoch before, {best}, is kept"]
 
 
 def test_a_teacher_that_diverges(tmp_path):

@@ -291,8 +291,12 @@ def _train_on_labels(growth: Growth, network: StudentNetwork, key: str, title: s
     validate = _validation(growth, FoldedNetwork(plain(network)))
     outcome = _train(growth, network, key, title, rule, loss or label_loss(growth.data.train.labels), growth.config.training,
                      augment=growth.config.growth.augment in ("retrain", "both"), validate=validate)
-    if growth.state.training.best_weights is not None:
-        network.load_state_dict(growth.state.training.best_weights)
+    training = growth.state.training
+    if training.best_weights is not None:
+        if outcome == "diverged":
+            growth.recorder.warn(f"{title}: the loss is not finite any more after epoch {training.epoch} of {rule.epochs}; the best epoch "
+                                 f"before, {training.best_epoch}, is kept")
+        network.load_state_dict(training.best_weights)
     return outcome
 
 
