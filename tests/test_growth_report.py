@@ -100,7 +100,7 @@ def test_stages_and_splits(digits_page):
         ["0 (image)", "0", "1 × 8×8", "start", "–", "–"], ["2", "4", "32 × 4×4", "stage 3", "0 ×1", "0 (0.0 %)"],
         ["1 (final)", "9", "64 × 2×2", "start", "0 ×7, 2 ×2", "4 (100.0 %)"]]
     assert "3 nodes, 3 edges, 10 units" in digits_page.text
-    assert "Warning: node 1 took 4 of 4 splits (100.0 %): growth was one-sided" in digits_page.text
+    assert "one-sided" not in digits_page.text  # a few splits say nothing; of more, the run itself does
 
 
 def measures(shown: Page) -> list[list[str]]:
@@ -152,7 +152,7 @@ def test_collapse_is_said_at_the_top(tmp_path):
 def test_many_warnings_are_folded_away(tmp_path):
     warnings = tuple({"event": "warning", "text": f"mind gap {number}"} for number in range(10))
     shown = page(Growth(extra=warnings).write(tmp_path))
-    assert "5 more warnings" in shown.text and shown.text.count("Warning: mind gap") == 10
+    assert "4 more warnings" in shown.text and shown.text.count("Warning: mind gap") == 10
 
 
 def test_large_graph_is_drawn_with_every_node_and_edge(cifar_page):

@@ -1,7 +1,6 @@
 """The report of a growth: the student that was found, how it grew, and whether growing it was worth anything."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -19,7 +18,7 @@ _CONTROLS = {"labels": "the same graph from drawn weights, on labels, for as man
              "logits": "the same graph from drawn weights, on the teacher's logits, for as many epochs in all",
              "scratch": "the same graph from drawn weights, on labels, for the epochs of retraining"}
 _UNITS = {"params": "parameters", "flops": "FLOPs"}
-_ENOUGH, _ONE_SIDED = 98.0, 0.5
+_ENOUGH = 98.0
 _GRAPH_CAPTION = ("From left to right: depth q, along the teacher's maps (grey line, with their channels × height×width). Maps "
                   "stand closer where they teach no node. A node is taught by the map above it; node 0 is the image, node 1 feeds "
                   "the classifier. Arcs: edges, ×n for their units.")
@@ -161,20 +160,12 @@ def _score_notes(run: Run) -> Iterable[str]:
 
 
 def warnings(run: Run) -> list[str]:
-    """What went wrong: of a collapse and of one-sided growth once, in place of the run's own words on it; the rest as it said."""
+    """What went wrong: of a collapse once, in place of the run's own words on it; the rest as it said."""
     told, own = [], []
     for node, stages in collapses(run.events["stage"]).items():
         told.append(f"node {node} collapsed in {listed(stages, 'stage')}: its map was close to zero there, so R said nothing and its "
                     "rank was as good as drawn by lot")
         own += [f"stage {stage}: node {node} has collapsed" for stage in stages]
-    splits = Counter(event["node"] for event in run.events["split"])
-    nodes = run.events["stage"][-1]["nodes"] if run.events["stage"] else []
-    if splits and len(nodes) > 1:
-        node, most = splits.most_common(1)[0]
-        if most > _ONE_SIDED * splits.total():
-            told.append(f"node {node} took {most} of {counted(splits.total(), 'split')} ({share(most, splits.total())}): growth was "
-                        "one-sided")
-            own.append(f"node {node} took ")
     rest = dict.fromkeys(event["text"] for event in run.events["warning"])
     return [*told, *(text for text in rest if not text.startswith(tuple(own)))]
 

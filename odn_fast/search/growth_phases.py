@@ -113,7 +113,8 @@ def grow_stages(growth: Growth):
         growth.recorder.checkpoint()
     node = one_sided(state.split_nodes)
     if node is not None:
-        _warn(growth, f"node {node} took {100 * shares(state.split_nodes)[node]:.0f} % of the {state.stages} splits")
+        share = shares(state.split_nodes)[node]
+        growth.recorder.warn(f"node {node} took {100 * share:.0f} % of the {state.stages} splits: growth was one-sided")
     state.begin("retrain", state.weights if settings.retrain_from == "grown" else None)
     _say_what_grew(growth)
     growth.recorder.checkpoint()
