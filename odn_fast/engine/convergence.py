@@ -49,7 +49,7 @@ class StoppingRule(Protocol):
         """The outcome in a word, or None while training goes on."""
 
     @property
-    def most_epochs(self) -> int | None:
+    def epochs(self) -> int | None:
         """After how many epochs training ends at the latest, where that is known."""
 
 
@@ -76,10 +76,6 @@ class CosineEpochs:
     def finished(self, training: Training) -> str | None:
         return _after(self.epochs, training)
 
-    @property
-    def most_epochs(self) -> int:
-        return self.epochs
-
 
 @dataclass(frozen=True)
 class SteppedEpochs:
@@ -104,10 +100,6 @@ class SteppedEpochs:
 
     def finished(self, training: Training) -> str | None:
         return _after(self.epochs, training)
-
-    @property
-    def most_epochs(self) -> int:
-        return self.epochs
 
 
 @dataclass(frozen=True)
@@ -166,5 +158,5 @@ class Convergence:
         return None
 
     @property
-    def most_epochs(self) -> int | None:
+    def epochs(self) -> int | None:
         return self.exactly or self.cap

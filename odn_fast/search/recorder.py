@@ -134,11 +134,11 @@ class Recorder:
         self._saved = time.monotonic()
 
     def _where(self, epoch: int) -> str:
-        last = self._rule.most_epochs
+        last = self._rule.epochs
         return f"{self._title}, epoch {epoch}" + (f"/{last}" if last else "")
 
     def _time_left(self, training: Training, seconds: float) -> str:
-        last, may_end_before = self._rule.most_epochs, isinstance(self._rule, Convergence)
+        last, may_end_before = self._rule.epochs, isinstance(self._rule, Convergence)
         if last is not None:
             return f", {'at most ' if may_end_before else ''}{max(0, last - training.epoch) * seconds:.0f} s left here"
         return f", at least {(self._rule.patience - training.counter) * seconds:.0f} s left here"
