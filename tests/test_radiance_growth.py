@@ -189,6 +189,17 @@ def test_an_unfinished_run_has_a_page_that_says_so(result, tmp_path):
         assert "unfinished" in write_report(tmp_path).read_text()
 
 
+def test_controls_larger_than_the_student_are_no_rivals(result, tmp_path):
+    (tmp_path / "config.yaml").write_text((result.folder / "config.yaml").read_text())
+    found = events(result.folder)
+    larger = result.controls[0] | {"params": result.params + 1, "test_psnr": result.test_psnr + 1}
+    worse = result.controls[2] | {"test_psnr": result.test_psnr - 1}
+    for controls, words in (([larger], "no control of its size was trained"), ([larger, worse], "no control of its size did as well")):
+        changed = [event | {"controls": controls} if event["event"] == "result" else event for event in found]
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in changed))
+        assert words in write_report(tmp_path).read_text()
+
+
 def test_a_student_that_says_little_is_named(result, tmp_path):
     (tmp_path / "config.yaml").write_text((result.folder / "config.yaml").read_text())
     found = events(result.folder)

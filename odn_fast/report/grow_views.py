@@ -49,16 +49,21 @@ def headline(run: Run) -> str:
     text = (f"A student of {result['params']:,} parameters, {share(result['params'], teacher['params'])} of its teacher's, shows the "
             f"test views with {_decibels(result['test_psnr'])}, the teacher with {_decibels(teacher['test_psnr'])}")
     better = _as_good(result)
-    if not result["controls"]:
-        return f"{text}; no control was trained."
+    if not _rivals(result):
+        return f"{text}; no control of its size was trained."
     if better:
         return f"{text}; but growing it was worth nothing here: controls no larger did as well or better ({', '.join(better)})."
     return f"{text}; no control of its size did as well."
 
 
 def _as_good(result: dict) -> list[str]:
-    """Controls that do as well as the student, on the test views."""
-    return [each["name"] for each in result["controls"] if each["test_psnr"] >= result["test_psnr"]]
+    """Controls no larger than the student that do as well, on the test views."""
+    return [each["name"] for each in _rivals(result) if each["test_psnr"] >= result["test_psnr"]]
+
+
+def _rivals(result: dict) -> list[dict]:
+    """Controls no larger than the student; half of a teacher's neurons may be more than its budget."""
+    return [each for each in result["controls"] if each["params"] <= result["params"]]
 
 
 def notes(run: Run) -> Iterable[str]:
