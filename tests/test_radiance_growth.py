@@ -23,6 +23,7 @@ from odn_fast.search import grow_views, load_field, resume
 from odn_fast.search.__main__ import main
 from odn_fast.search.recorder import Recorder
 from odn_fast.search.radiance_phases import budget_of, followed, room
+from odn_fast.search.setup import load_data
 
 TINY = ["--teacher", "4x16", "--start", "4", "--step", "6", "--size", "8", "--teacher-epochs", "3", "--stage-epochs", "2",
         "--retrain-epochs", "2", "--rays", "32", "--samples", "8", "--steps-per-epoch", "4", "--threads", "1", "--budget-share", "0.6"]
@@ -269,6 +270,11 @@ def test_help_names_every_option_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for setting in ("data.dataset", "growth.teacher", "growth.budget_share", "training.rays", "run.seed"):
         assert f"(default: {flat(GrowViewsConfig())[setting]})" in text, setting
+
+
+def test_near_and_far_are_those_asked_for():
+    scene = load_data(from_values({"data.near": 2.5, "data.far": 5.5, "data.size": 8}, kind=GrowViewsConfig))
+    assert (scene.near, scene.far) == (2.5, 5.5)
 
 
 def test_settings_that_are_none_are_named():

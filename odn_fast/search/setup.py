@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def load_data(config: ExpandConfig | GrowConfig | GrowViewsConfig) -> DataSet | 
     given = config.data
     if isinstance(config, GrowViewsConfig):
         if given.dataset == "analytic":
-            return analytic_scene(given.size or ANALYTIC_SIZE)
+            return replace(analytic_scene(given.size or ANALYTIC_SIZE), near=given.near, far=given.far)
         return load_views(given.dataset.partition(":")[2], given.size, given.near, given.far)
     return load_configured(given, config.run.seed, config.run.device)
 
