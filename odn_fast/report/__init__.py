@@ -8,11 +8,13 @@ from pathlib import Path
 
 from ..record import RunError, write_atomically
 from . import expand, grow_views, growth
+from .page import figures, page, resume_lead
 from .run import Run, read_run
 
 __all__ = ["Run", "read_run", "write_report"]
 
-_DOCUMENTS = {"expand": expand.document, "grow": growth.document, "grow-views": grow_views.document}
+# What a kind of run says: subject, missed, headline, cards, notes, warnings, sections.
+_KINDS = {"expand": expand, "grow": growth, "grow-views": grow_views}
 
 
 def write_report(folder: Path) -> Path:
@@ -24,9 +26,19 @@ def write_report(folder: Path) -> Path:
     folder = Path(folder)
     run = read_run(folder)
     path = folder / "report.html"
-    text = _DOCUMENTS[run.kind](run)
+    text = _document(run)
     try:
         write_atomically(path, text.encode())
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror}); make the folder writable, or free space") from None
     return path
+
+
+def _document(run: Run) -> str:
+    """The page of a run, finished or not."""
+    kind, start, result = _KINDS[run.kind], run.last("start"), run.result
+    title = f"{run.name}: {kind.subject(start)}" if start else run.name
+    state, lead = "unfinished", resume_lead(run.name)
+    if result:
+        state, lead = "missed" if kind.missed(result) else "met", figures(kind.cards(run))
+    return page(title, state, kind.headline(run), lead, kind.notes(run), kind.warnings(run), kind.sections(run))

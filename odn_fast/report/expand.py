@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 
 from .expand_plots import learning_curves, size_plot
-from .page import (
-    compared, counted, figures, listed, milliseconds, page, percent, plot, reduction, resume_lead, table)
+from .page import compared, counted, listed, milliseconds, percent, plot, reduction, table
 from .plots import interval
 from .run import Run
 from .sections import (
@@ -71,15 +70,19 @@ def _so_far(run: Run, depth: int) -> dict:
             "validation_accuracy": None if outcome == "cancelled" else max(seen, default=None)}
 
 
-def document(run: Run) -> str:
-    """The page."""
-    start, title, state, lead = run.last("start"), run.name, "unfinished", resume_lead(run.name)
-    if start:
-        title = f"{run.name}: {start['model'] or _OWN_MODEL} on {start['dataset']['name']}"
-    if run.result:
-        state, lead = "met" if run.result["target_met"] else "missed", figures(_cards(run))
-    warned = dict.fromkeys(event["text"] for event in run.events["warning"])
-    return page(title, state, headline(run), lead, notes(run), warned, _sections(run))
+def subject(start: dict) -> str:
+    """What the title says of a run, by its event `start`."""
+    return f"{start['model'] or _OWN_MODEL} on {start['dataset']['name']}"
+
+
+def missed(result: dict) -> bool:
+    """Whether the headline is bad news."""
+    return not result["target_met"]
+
+
+def warnings(run: Run) -> list[str]:
+    """What went wrong, as the run said it."""
+    return run.warnings
 
 
 def headline(run: Run) -> str:
@@ -204,7 +207,7 @@ def _latency_notes(run: Run) -> Iterable[str]:
                    "reduction of latency is rough.")
 
 
-def _cards(run: Run) -> Iterable[tuple[str, str, str]]:
+def cards(run: Run) -> Iterable[tuple[str, str, str]]:
     """The large figures of the first screen: title, value, explanation."""
     result, rows = run.result, _depths(run)
     row, full = next(row for row in rows if row["depth"] == _found(run)), rows[-1]
@@ -263,7 +266,7 @@ def _depth_cells(row: dict, full: dict, baseline: dict | None) -> list[str]:
             "–" if row is full else reduction(row["latency_ms"], full["latency_ms"])]
 
 
-def _sections(run: Run) -> Iterable[tuple[str, str]]:
+def sections(run: Run) -> Iterable[tuple[str, str]]:
     """Heading and HTML of every section that the run has events for."""
     rows, result, epochs, start = _depths(run), run.result, run.events["epoch"], run.last("start")
     if rows:

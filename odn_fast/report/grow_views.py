@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from .page import counted, escaped, figures, foldable, listed, page, plot, resume_lead, share, table
+from .page import counted, escaped, foldable, listed, plot, share, table
 from .plots import BLUE, GREEN, GREY, INK, ORANGE, rendered
 from .run import Run
 from .sections import FIRST_STEP, configuration, first_step, setting_table, time_table
@@ -25,15 +25,19 @@ _SIZE_CAPTION = ("Above: PSNR on the validation views: grey: after a stage, with
                  "of every hidden layer after a stage, on the same rays; circles: the layer that grew.")
 
 
-def document(run: Run) -> str:
-    """The page."""
-    start, title, state, lead = run.last("start"), run.name, "unfinished", resume_lead(run.name)
-    if start:
-        title = f"{run.name}: a radiance field grown under {start['teacher']} on {start['dataset']['name']}"
-    if run.result:
-        state, lead = "missed" if _as_good(run.result) else "met", figures(_cards(run))
-    warned = dict.fromkeys(event["text"] for event in run.events["warning"])
-    return page(title, state, headline(run), lead, notes(run), warned, _sections(run))
+def subject(start: dict) -> str:
+    """What the title says of a run, by its event `start`."""
+    return f"a radiance field grown under {start['teacher']} on {start['dataset']['name']}"
+
+
+def missed(result: dict) -> bool:
+    """Whether the headline is bad news."""
+    return bool(_as_good(result))
+
+
+def warnings(run: Run) -> list[str]:
+    """What went wrong, as the run said it."""
+    return run.warnings
 
 
 def headline(run: Run) -> str:
@@ -114,7 +118,7 @@ def _cards(run: Run) -> Iterable[tuple[str, str, str]]:
            f"{best['name']}: {best['params']:,} parameters, on test" if best else "none was trained")
 
 
-def _sections(run: Run) -> Iterable[tuple[str, str]]:
+def sections(run: Run) -> Iterable[tuple[str, str]]:
     """Heading and HTML of every section that the run has events for."""
     start = run.last("start")
     if run.events["test_reading"]:

@@ -7,7 +7,7 @@ from itertools import groupby
 from ..models.student_graph import StudentGraph, deepen, widen
 from .growth_plots import accuracy_plot, final_graph, graphs_on_the_way, growth_curves, limits_plot, values_plot
 from .growth_tables import collapses, node_table, score_table, skipped_table, stage_table
-from .page import counted, figures, foldable, listed, milliseconds, millions, page, percent, plot, points, resume_lead, share, table
+from .page import counted, foldable, listed, milliseconds, millions, percent, plot, points, share, table
 from .plots import interval
 from .run import Run
 from .sections import (
@@ -31,14 +31,14 @@ _CURVES_CAPTION = ("Along the top: stages. Solid: validation accuracy (after a s
                    "alone.")
 
 
-def document(run: Run) -> str:
-    """The page."""
-    start, title, state, lead = run.last("start"), run.name, "unfinished", resume_lead(run.name)
-    if start:
-        title = f"{run.name}: grown under {start['teacher']} on {start['dataset']['name']}"
-    if run.result:
-        state, lead = "missed" if run.result["collapsed"] else "met", figures(_cards(run))
-    return page(title, state, headline(run), lead, notes(run), warnings(run), _sections(run))
+def subject(start: dict) -> str:
+    """What the title says of a run, by its event `start`."""
+    return f"grown under {start['teacher']} on {start['dataset']['name']}"
+
+
+def missed(result: dict) -> bool:
+    """Whether the headline is bad news."""
+    return result["collapsed"]
 
 
 def graphs(run: Run) -> list[StudentGraph]:
@@ -166,11 +166,10 @@ def warnings(run: Run) -> list[str]:
         told.append(f"node {node} collapsed in {listed(stages, 'stage')}: its map was close to zero there, so R said nothing and its "
                     "rank was as good as drawn by lot")
         own += [f"stage {stage}: node {node} has collapsed" for stage in stages]
-    rest = dict.fromkeys(event["text"] for event in run.events["warning"])
-    return [*told, *(text for text in rest if not text.startswith(tuple(own)))]
+    return [*told, *(text for text in run.warnings if not text.startswith(tuple(own)))]
 
 
-def _cards(run: Run) -> Iterable[tuple[str, str, str]]:
+def cards(run: Run) -> Iterable[tuple[str, str, str]]:
     """The large figures of the first screen: title, value, explanation."""
     result, teacher = run.result, run.last("teacher")
     bounds = {key: f"; {share(result[key], bound)} of the {kind}" for _, key, bound, kind in limits(run)}
@@ -184,7 +183,7 @@ def _cards(run: Run) -> Iterable[tuple[str, str, str]]:
     yield "Latency", f"{milliseconds(result['latency_ms'])} ms", "one image, folded fp32"
 
 
-def _sections(run: Run) -> Iterable[tuple[str, str]]:
+def sections(run: Run) -> Iterable[tuple[str, str]]:
     """Heading and HTML of every section that the run has events for."""
     result, stages, start, teacher = run.result, run.events["stage"], run.last("start"), run.last("teacher")
     if result:

@@ -60,7 +60,7 @@ _NEEDED = {"expand": ("search", "target_accuracy", "tolerance"), "grow": ("growt
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says: its configuration, and its events by name in order. `kind` is expand or grow."""
+    """What a run folder says: its configuration, and its events by name in order. `kind` is expand, grow or grow-views."""
 
     name: str
     kind: str
@@ -74,6 +74,11 @@ class Run:
     @property
     def result(self) -> dict | None:
         return self.last("result")
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the run warned of, each once."""
+        return list(dict.fromkeys(event["text"] for event in self.events["warning"]))
 
     @property
     def images(self) -> int:
