@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from odn_fast.engine.radiance import CHUNK, chunked, distilled_loss, inner_loss,
 from odn_fast.models.radiance import RadianceShape, create_field
 from odn_fast.ops import channel_attention
 from odn_fast.report import write_report
-from odn_fast.search import grow_views, load_field, resume
+from odn_fast.search import grow_views, load_field, radiance_phases, resume
 from odn_fast.search.__main__ import main
 from odn_fast.search.recorder import Recorder
 from odn_fast.search.radiance_phases import budget_of, followed, room
@@ -119,6 +120,7 @@ def test_measures_do_not_depend_on_the_batch_and_know_nothing():
     for a, b in zip(one, other):
         assert a.to_dict() == pytest.approx(b.to_dict(), rel=1e-4)
     assert one[1].dead == 4 and one[1].mean_square == 0 and one[1].R == pytest.approx(one[1].R_zero)
+    assert [each.collapsed for each in one] == [False, True, False, False]
     assert one[0].relative == pytest.approx(one[0].R / one[0].teacher_mean_square)
 
 
@@ -210,6 +212,20 @@ def test_a_student_that_says_little_is_named(result, tmp_path):
                                for each in event["layers"]]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in found))
     assert "After the last stage layers 3 and 4 said less than 5" in write_report(tmp_path).read_text()
+
+
+def test_a_layer_that_says_nothing_is_warned_of(tmp_path, monkeypatch):
+    def silent(*arguments):
+        first, *others = measure_layers(*arguments)
+        return [replace(first, R=0.3, R_zero=0.3, entropy=1.0, mean_square=0.0), *others]
+
+    monkeypatch.setattr(radiance_phases, "measure_layers", silent)
+    few = SETTINGS | {"budget_share": 0.45, "teacher_epochs": 1, "stage_epochs": 1, "retrain_epochs": 1, "controls": []}
+    found = grow_views(out=tmp_path / "run", **few)
+    said = [event["text"] for event in events(found.folder, "warning")]
+    assert len(said) == found.stages and said[0] == (
+        "stage 1: layer 1 has collapsed: it says next to nothing (R 0.3 of 0.3 for silence), so R steers nothing")
+    assert said[0] in (found.folder / "report.html").read_text()
 
 
 def test_a_picture_in_a_foreign_events_file_cannot_leave_its_place(result, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..models import Node, StudentGraph, StudentNetwork
+from ..models import StudentGraph, StudentNetwork
 from ..models.teachers import Teacher
 from ..ops import channel_attention_loss
 from ..reference.channel_attention import attention_weights
@@ -17,9 +17,10 @@ COLLAPSED_LOSS, COLLAPSED_ENTROPY, COLLAPSED_SIZE = 0.99, 0.99, 1e-3
 
 @dataclass(frozen=True)
 class NodeMeasure:
-    """One node over a split, in eval mode.
+    """One node over a split, in eval mode; of a radiance field a hidden layer, over points.
 
     Attributes:
+        node, q: its number, and that of the teacher's map.
         R: inner loss, mean over elements; R_zero: its value for a map of zeros; relative: over the teacher's mean square.
         mean_square, teacher_mean_square: of the maps' elements.
         entropy: of attention, from 0 (one teacher channel each) to 1 (all alike); peak: its largest weight.
@@ -58,7 +59,7 @@ def measure(network: StudentNetwork, teacher: Teacher, batches: Iterable[tuple[T
     """
     graph: StudentGraph = network.graph
     network.eval()
-    sums = {node.id: _Sums(node) for node in graph.supervised}
+    sums = {node.id: NodeSums(node.id, node.q) for node in graph.supervised}
     correct, images = 0, 0
     for x, y in batches:
         logits, maps = network(x)
@@ -67,14 +68,14 @@ def measure(network: StudentNetwork, teacher: Teacher, batches: Iterable[tuple[T
             sums[node.id].add(maps[node.id], given, standardize)
         correct += (logits.argmax(1) == y).sum()
         images += len(y)
-    return 100.0 * int(correct) / images, [each.measure(images) for each in sums.values()]
+    return 100.0 * int(correct) / images, [each.measure() for each in sums.values()]
 
 
-class _Sums:
+class NodeSums:
     """What accumulates over batches for one node."""
 
-    def __init__(self, node: Node):
-        self.node, self.total, self.largest = node, 0, None
+    def __init__(self, node: int, q: int):
+        self.node, self.q, self.images, self.total, self.largest = node, q, 0, 0, None
 
     def add(self, student: Tensor, teacher: Tensor, standardize: bool):
         """student: (N, C_s, H, W), of the teacher's size; teacher: (N, C_t, H, W)."""
@@ -85,12 +86,13 @@ class _Sums:
         means = torch.stack([loss, teacher.mean(1).square().mean(), student.square().mean(), teacher.square().mean(),
                              entropy, weights.amax(2).mean(), chosen.sum(1).mean()])
         self.total = self.total + means.double() * len(student)
+        self.images += len(student)
         largest = student.amax((0, 2, 3))
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
-    def measure(self, images: int) -> NodeMeasure:
-        loss, zero, mean_square, teacher_mean_square, entropy, peak, distinct = (self.total / images).tolist()
+    def measure(self) -> NodeMeasure:
+        loss, zero, mean_square, teacher_mean_square, entropy, peak, distinct = (self.total / self.images).tolist()
         return NodeMeasure(
-            node=self.node.id, q=self.node.q, R=loss, R_zero=zero, relative=loss / max(teacher_mean_square, 1e-30),
+            node=self.node, q=self.q, R=loss, R_zero=zero, relative=loss / max(teacher_mean_square, 1e-30),
             mean_square=mean_square, teacher_mean_square=teacher_mean_square, entropy=entropy, peak=peak, distinct=distinct,
             dead=int((self.largest <= 0).sum()))

@@ -4,40 +4,15 @@ Every hidden layer is a node of SEArch (section 4.5). What its neurons say at a 
 `CHUNK` points, each of which is to channel attention what an image is: (chunks, C, CHUNK, 1), C = the layer's width.
 """
 
-from dataclasses import asdict, dataclass
-
 import torch
 from torch import Tensor, nn
 
 from ..models.radiance import RadianceField, along, composited, psnr, rendered, sample_distances
 from ..ops import channel_attention_loss
+from .node_measures import NodeMeasure, NodeSums
 from .step import Loss
 
 CHUNK = 64  # as many positions as an 8x8 map: attention sharpens with their number
-
-
-@dataclass(frozen=True)
-class LayerMeasure:
-    """One hidden layer of a student beside its teacher's.
-
-    Attributes:
-        R: inner loss, mean over neurons and points; R_zero: its value for a layer that says nothing; relative: over the
-            teacher's mean square.
-        mean_square, teacher_mean_square: of what the neurons say.
-        dead: neurons that are zero at every point.
-    """
-
-    layer: int
-    width: int
-    R: float
-    R_zero: float
-    relative: float
-    mean_square: float
-    teacher_mean_square: float
-    dead: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def photometric_loss(near: float, far: float) -> Loss:
@@ -89,28 +64,17 @@ def _uncounted(losses: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def measure_layers(student: RadianceField, teacher: RadianceField, rays: Tensor, near: float, far: float,
-                   samples: int, batch: int = 256) -> list[LayerMeasure]:
-    """Every hidden layer over points at the middle of equal parts of `rays` (N, 6), all of one order and on any device."""
+                   samples: int, batch: int = 256) -> list[NodeMeasure]:
+    """Every hidden layer, a node with its number (from 0) for q, over points at the middle of equal parts of `rays` (N, 6), all of
+    one order and on any device."""
     device = next(student.parameters()).device
-    layers = range(len(student.shape.widths))
-    totals, largest, chunks = torch.zeros(len(layers), 4, dtype=torch.float64), [0.0 for _ in layers], 0
+    sums = [NodeSums(layer, layer) for layer in range(len(student.shape.widths))]
     for part in rays.to(device).split(batch):
         distances = sample_distances(near, far, torch.full((len(part), samples), 0.5, device=device))
         points = along(part, distances)
-        pairs = list(zip(student.maps(points), teacher.maps(points)))
-        weight = chunked(pairs[0][0]).shape[0] * min(CHUNK, len(pairs[0][0]))
-        chunks += weight
-        for layer, (given, wanted) in enumerate(pairs):
-            nothing = torch.zeros_like(given)
-            figures = [inner_loss(given, wanted), inner_loss(nothing, wanted), given.square().mean(), wanted.square().mean()]
-            totals[layer] += weight * torch.stack(figures).double().cpu()
-            largest[layer] = torch.maximum(given.amax(0), torch.as_tensor(largest[layer], device=device))
-    measures = []
-    for layer, (loss, zero, mean_square, teacher_mean_square) in enumerate((totals / chunks).tolist()):
-        measures.append(LayerMeasure(
-            layer, student.shape.widths[layer], loss, zero, loss / max(teacher_mean_square, 1e-30), mean_square,
-            teacher_mean_square, int((largest[layer] <= 0).sum())))
-    return measures
+        for each, given, wanted in zip(sums, student.maps(points), teacher.maps(points)):
+            each.add(chunked(given), chunked(wanted), standardize=True)
+    return [each.measure() for each in sums]
 
 
 def rays_psnr(network: RadianceField, rays: Tensor, colours: Tensor, near: float, far: float, samples: int) -> float:

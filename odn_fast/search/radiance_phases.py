@@ -17,8 +17,8 @@ from .. import __version__
 from ..config import GrowViewsConfig
 from ..data.batches import keyed_generator
 from ..data.views import RayBatches, Scene, Views
-from ..engine import CosineEpochs, FitConfig, Loss, make_adam
-from ..engine.radiance import LayerMeasure, distilled_loss, measure_layers, photometric_loss, rays_psnr
+from ..engine import CosineEpochs, FitConfig, Loss, NodeMeasure, make_adam
+from ..engine.radiance import distilled_loss, measure_layers, photometric_loss, rays_psnr
 from ..machine import environment
 from ..models.radiance import (
     RadianceField, RadianceShape, create_field, keep_neurons, narrow_widths, psnr, rendered, widen_layer)
@@ -154,7 +154,7 @@ def _train_stage(growth: RadianceGrowth, network: RadianceField, teacher: Radian
     _train(growth, network, f"stage {state.stage}", title, epochs, loss, lambda epoch: present.fill_(alpha(epoch, epochs)))
 
 
-def _measure_stage(growth: RadianceGrowth, network: RadianceField, teacher: RadianceField) -> list[LayerMeasure]:
+def _measure_stage(growth: RadianceGrowth, network: RadianceField, teacher: RadianceField) -> list[NodeMeasure]:
     """R of every hidden layer, and PSNR, on the validation views; writes the event of the stage."""
     state, shape, training = growth.state, network.shape, growth.state.training
     rays, colours = followed(growth.scene.validation)
@@ -162,19 +162,29 @@ def _measure_stage(growth: RadianceGrowth, network: RadianceField, teacher: Radi
     layers = measure_layers(network, teacher, rays, scene.near, scene.far, samples)
     for each in layers:
         if not math.isfinite(each.R):
-            raise RunError(f"stage {state.stage}: R of layer {each.layer} is {each.R}; start again with a smaller --lr")
+            raise RunError(f"stage {state.stage}: R of layer {each.node + 1} is {each.R}; start again with a smaller --lr")
     reached = rays_psnr(network, rays, colours, scene.near, scene.far, samples)
     share = shape.params / growth.teacher_shape.params
     growth.folder.event("stage", stage=state.stage, shape=shape.to_dict(), params=shape.params, share=share, validation_psnr=reached,
                         epochs=training.epoch, seconds=training.seconds, first_step_seconds=training.first_step_seconds,
-                        layers=[each.to_dict() for each in layers])
+                        layers=[_layer(each, shape.widths[each.node]) for each in layers])
     growth.display.message(
         f"stage {state.stage}: {shape.params:,} parameters ({100 * share:.1f} % of the teacher), validation {reached:.2f} dB, R "
         + ", ".join(f"{each.R:.3g}" for each in layers))
+    for each in layers:
+        if each.collapsed:
+            growth.recorder.warn(f"stage {state.stage}: layer {each.node + 1} has collapsed: it says next to nothing (R {each.R:.3g} of "
+                                 f"{each.R_zero:.3g} for silence), so R steers nothing")
     return layers
 
 
-def _choose(growth: RadianceGrowth, layers: list[LayerMeasure]) -> tuple[int, RadianceShape]:
+def _layer(measure: NodeMeasure, width: int) -> dict:
+    """A layer's measures, as events have them."""
+    figures = measure.to_dict()
+    return {"layer": figures.pop("node"), "width": width, **{name: value for name, value in figures.items() if name != "q"}}
+
+
+def _choose(growth: RadianceGrowth, layers: list[NodeMeasure]) -> tuple[int, RadianceShape]:
     """The layer furthest from the teacher's, of those that can grow (of equals the first); writes the event."""
     state, settings = growth.state, growth.config.growth
     drawn = torch.rand(len(layers), generator=keyed_generator(growth.config.run.seed, "score", state.stage)).tolist()
@@ -184,11 +194,11 @@ def _choose(growth: RadianceGrowth, layers: list[LayerMeasure]) -> tuple[int, Ra
         larger = options[layer]
         if isinstance(larger, RadianceShape):
             break
-        skipped.append(f"layer {layer}: {larger}")
+        skipped.append(f"layer {layer + 1}: {larger}")
     state.split_nodes.append(layer)
     by = larger.widths[layer] - growth.shape.widths[layer]
     growth.folder.event("widen", stage=state.stage, layer=layer, by=by, widths=list(larger.widths), scores=scores, skipped=skipped)
-    growth.display.message(f"layer {layer} grows by {by} neurons: widths {', '.join(map(str, larger.widths))}")
+    growth.display.message(f"layer {layer + 1} grows by {by} neurons: widths {', '.join(map(str, larger.widths))}")
     return layer, larger
 
 
