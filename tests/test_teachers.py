@@ -86,6 +86,13 @@ def test_any_module_with_named_maps():
     torch.testing.assert_close(teacher(x), network(standardised), atol=1e-5, rtol=1e-5)
 
 
+def test_a_map_between_a_convolution_and_its_batch_norm():
+    network = trained_looking(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()))
+    teacher, x = teacher_of(network, ["0"], (3, 9, 9), "own"), torch.rand(2, 3, 9, 9)
+    torch.testing.assert_close(teacher.maps(x, [1])[0], network[0](x))
+    torch.testing.assert_close(teacher(x), network(x))
+
+
 def test_what_is_no_map_is_refused():
     network = CifarResNet(20, 10)
     with pytest.raises(ValueError, match="'layer1.7' is no submodule of CifarResNet; near it are layer1.0"):
@@ -95,6 +102,8 @@ def test_what_is_no_map_is_refused():
     growing = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Upsample(scale_factor=2), nn.Flatten())
     with pytest.raises(ValueError, match="the map of 1, 6x6, is larger than the one before it, 3x3"):
         teacher_of(growing, ["0", "1"], (3, 8, 8), "t")
+    with pytest.raises(ValueError, match="t: layer1.1 is computed after layer1.0; expected names in the order"):
+        teacher_of(network, ["layer1.1", "layer1.0"], (3, 8, 8), "t")
     teacher = teacher_of(network, None, (3, 8, 8), "t")
     with pytest.raises(ValueError, match="there is no map 10; expected 1 to 9"):
         teacher.maps(torch.zeros(1, 3, 8, 8), [10])

@@ -54,7 +54,7 @@ def _folded_graph(traced: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, str
             continue
         conv = node.args[0]
         if (conv.op == "call_module" and isinstance(modules[conv.target], nn.Conv2d)
-                and len(conv.users) == 1 and calls[conv.target] == 1):
+                and len(conv.users) == 1 and calls[conv.target] == 1 and "map" not in conv.meta):  # what is read stays as it is
             folded[conv.target] = node.target
             node.replace_all_uses_with(conv)
             conv.meta |= node.meta

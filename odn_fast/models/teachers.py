@@ -7,6 +7,7 @@ A teacher's maps v_1..v_m are the outputs of its residual blocks, after the ReLU
 import copy
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,11 +58,15 @@ class Teacher(nn.Module):
         self.map_shapes = self._map_shapes(names, device)
 
     def _check(self, names: Sequence[str]):
-        found = {node.meta["map"] for node in self._folded.graph.graph.nodes if "map" in node.meta}
+        found = [node.meta["map"] for node in self._folded.graph.graph.nodes if "map" in node.meta]
         missing = [name for q, name in enumerate(names, 1) if q not in found]
         if missing or not names:
             raise ValueError(f"teacher {self.name}: {missing[0] if missing else 'no names'}: expected names of submodules whose "
                              "output is one feature map")
+        for before, after in pairwise(found):
+            if after <= before:
+                raise ValueError(f"teacher {self.name}: {names[after - 1]} is computed after {names[before - 1]}; expected names in the "
+                                 "order in which their outputs are computed, each once")
 
     def _map_shapes(self, names: Sequence[str], device: torch.device) -> tuple[tuple[int, int, int], ...]:
         maps = self.maps(torch.zeros(1, *self.input_shape, device=device), range(1, len(names) + 1))
