@@ -275,8 +275,8 @@ cudaError_t launch(const ConvolutionBackward& p, cudaStream_t stream) {
   if (const cudaError_t error = backward_plan(p.convolution, plan)) return error;
   const int blocks = plan.rows * (p.convolution.in_channels / plan.tiling.chunk);
   const BackwardArguments arguments{p, plan.tiling};
-  return launch_blocks(backward_kernel(p.convolution, p.in_norm.mean != nullptr), arguments, blocks, threads, plan.tiling.shared_bytes, true,
-                       stream);
+  return launch_blocks(backward_kernel(p.convolution, p.in_norm.mean != nullptr), arguments, blocks, threads,
+                       plan.tiling.shared_bytes, true, stream);
 }
 
 cudaError_t launch(const WeightSums& p, cudaStream_t stream) {

@@ -90,7 +90,8 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> train_backward(const Tensor& grad_
   check_tensor(op, "grad_y", grad_y, unit.output);
   check_tensor(op, "y", y_any_strides, unit.output, type);
   const size_t layers = unit.skip ? 3 : 2;
-  TORCH_CHECK_VALUE(zs_any_strides.size() == layers && z_means.size() == layers && vars.size() == layers, op, ": zs, z_means and vars have ",
+  TORCH_CHECK_VALUE(zs_any_strides.size() == layers && z_means.size() == layers && vars.size() == layers, op,
+                    ": zs, z_means and vars have ",
                     zs_any_strides.size(), ", ", z_means.size(), " and ", vars.size(), " entries, expected ", layers);
   Tensors zs;
   for (size_t i = 0; i < layers; ++i) {

@@ -120,4 +120,5 @@ def channel_attention(device: str, everything: bool) -> None:
                 kernels.channel_attention_loss_backward(loss, gradient)
 
 
-CASES = [augment, batch_norm_act, channel_attention, exit_heads, separable_conv, separable_unit]  # of functions (device, everything) -> None
+# Functions (device, everything) -> None.
+CASES = [augment, batch_norm_act, channel_attention, exit_heads, separable_conv, separable_unit]

@@ -15,7 +15,8 @@ void check(const char* name, const Device& device, int in_channels, int out_chan
       for (int width : {1, 2, 3, 4, 5, 7, 14, 33, 224}) {
         const Convolution c{batch, in_channels, out_channels, height, width, (height - 1) / stride + 1, (width - 1) / stride + 1, stride};
         if (choose_tiling(c, device, 1).tiles == 0) {
-          std::printf("%s: %d images of %dx%d, %d to %d channels, stride %d\n", name, batch, height, width, in_channels, out_channels, stride);
+          std::printf("%s: %d images of %dx%d, %d to %d channels, stride %d\n", name, batch, height, width, in_channels,
+                      out_channels, stride);
         }
       }
     }

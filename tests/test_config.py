@@ -83,8 +83,8 @@ def test_a_whole_section_is_no_setting():
         from_values({"search": {"target_accuracy": 90}})
 
 
-@pytest.mark.parametrize("text, size", [("0.4M", 400_000), ("63M", 63_000_000), ("85k", 85_000), ("400_000", 400_000), ("1.5G", 1_500_000_000),
-                                        (".5M", 500_000), (85_000, 85_000)])
+@pytest.mark.parametrize("text, size", [("0.4M", 400_000), ("63M", 63_000_000), ("85k", 85_000), ("400_000", 400_000),
+                                        ("1.5G", 1_500_000_000), (".5M", 500_000), (85_000, 85_000)])
 def test_sizes(text, size):
     assert parse_size(text) == size
 

@@ -286,8 +286,8 @@ def test_a_depth_that_passes_cancels_deeper_ones(tmp_path, monkeypatch):
     assert result.depth == 1 and result.target_met
     ended = {event["depth"]: event for event in events_of(result, "depth") if event["phase"] == "search"}
     assert {depth: event["outcome"] for depth, event in ended.items()} == {1: "passed", 2: "cancelled", 3: "cancelled"}
-    reached = {depth: max((event["epoch"] for event in events_of(result, "epoch") if event["phase"] == "search" and event["depth"] == depth),
-                          default=0) for depth in ended}
+    epochs = [event for event in events_of(result, "epoch") if event["phase"] == "search"]
+    reached = {depth: max((event["epoch"] for event in epochs if event["depth"] == depth), default=0) for depth in ended}
     assert {depth: event["epochs"] for depth, event in ended.items()} == reached
     rows = {row["depth"]: row for row in result.depths}
     assert not rows[2]["trained"] and rows[2]["outcome"] == "cancelled" and rows[2]["validation_accuracy"] is None
