@@ -56,7 +56,8 @@ Tensor vector_of(const Values& values, at::ScalarType type) {
 }
 
 Tensor like(const Values& values, const Tensor& parameter) {
-  return vector_of(values, at::kDouble).to(parameter.scalar_type()).view(parameter.sizes());
+  const at::ScalarType type = parameter.scalar_type() == at::kFloat ? at::kFloat : at::kDouble;
+  return vector_of(values, type).to(parameter.scalar_type()).view(parameter.sizes());
 }
 
 int64_t padded(const Tensor& x, int64_t channels) {

@@ -72,13 +72,13 @@ void pack_pointwise(int64_t inputs, int64_t outputs, const void* weight, int64_t
   Operand* to = static_cast<Operand*>(packed);
   for (int64_t first = 0; first < outputs; first += 2 * lanes<Real>) {
     const int64_t columns = outputs - first <= lanes<Real> ? lanes<Real> : 2 * lanes<Real>;
-    for (int64_t input = 0; input < inputs; input += terms) {
-      for (int64_t column = first; column < first + columns; ++column) {
-        for (int64_t term = input; term < input + terms; ++term) {
-          const bool inside = column < outputs && term < inputs;
-          const Real* from = static_cast<const Real*>(weight);
-          convert(to++, inside ? from[term * input_stride + column * output_stride] : Real{});
-        }
+    const int64_t given = smaller(columns, outputs - first);
+    for (int64_t input = 0; input < inputs; input += terms, to += columns * terms) {
+      for (int64_t term = 0; term < terms; ++term) {
+        const Real* from = static_cast<const Real*>(weight) + first * output_stride + (input + term) * input_stride;
+        const int64_t inside = input + term < inputs ? given : 0;
+        for (int64_t column = 0; column < inside; ++column) convert(to + column * terms + term, from[column * output_stride]);
+        for (int64_t column = inside; column < columns; ++column) convert(to + column * terms + term, Real{});
       }
     }
   }

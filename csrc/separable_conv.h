@@ -84,6 +84,8 @@ struct Functions {
 
   int64_t (*backward_workspace)(const Backward&);
   void (*backward)(const Backward&, const BackwardSums&, int64_t first, int64_t last, void* workspace);
+  // Adds Real (chunks, size) to sums (size), in the order of the chunks.
+  void (*add_chunks)(int64_t chunks, int64_t size, const void* of_chunks, double* sums);
 };
 
 struct Kernels {  // by Storage

@@ -174,6 +174,14 @@ void forward(const Forward& p, int64_t first_unit, int64_t last_unit, void* memo
   for (int64_t index = first_unit; index < last_unit; ++index) unit.run(range_of(p.layer, index), sums);
 }
 
+template <typename Real>
+void add_chunks(int64_t chunks, int64_t size, const void* of_chunks, double* sums) {
+  const Real* from = static_cast<const Real*>(of_chunks);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, from += size) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += static_cast<double>(from[i]);
+  }
+}
+
 template <typename Storage>
 constexpr Functions functions{
     lanes<Real<Storage>>,
@@ -184,6 +192,7 @@ constexpr Functions functions{
     forward<Storage>,
     backward_workspace<Storage>,
     backward<Storage>,
+    add_chunks<Real<Storage>>,
 };
 
 }  // namespace

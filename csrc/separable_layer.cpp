@@ -1,6 +1,7 @@
 #include "separable_layer.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -114,7 +115,7 @@ void launch_forward(const Functions& functions, const Forward& forward, std::vec
 // The mean of the pointwise output over a few pixels: near enough to the mean over all that subtracting it spares the
 // digits of the variance and of the stored z.
 Values pivot(const LayerInput& input, const Weights& weights, const Layer& layer) {
-  constexpr int64_t most_pixels = 16;
+  constexpr int64_t most_pixels = 4;
   const int64_t channels = layer.in_channels, pixels = layer.batch * layer.out_height * layer.out_width;
   const int64_t samples = std::min(pixels, most_pixels);
   const Values dw = weights.dw ? values_of(weights.dw->reshape(-1)) : Values();
@@ -135,10 +136,12 @@ Values pivot(const LayerInput& input, const Weights& weights, const Layer& layer
       }
     }
   });
-  const Values pw = values_of(weights.pw.reshape(-1));
-  for (int64_t output = 0; output < layer.out_channels; ++output) {
-    for (int64_t c = 0; c < channels; ++c) result[output] += pw[output * channels + c] * gathered[c] / samples;
-  }
+  for (double& sum : gathered) sum /= samples;
+  with_elements(weights.pw.contiguous(), [&](const auto* pw) {
+    for (double& mean : result) {
+      for (int64_t c = 0; c < channels; ++c) mean += static_cast<double>(*pw++) * gathered[c];
+    }
+  });
   return result;
 }
 
@@ -258,20 +261,18 @@ LayerGradients backward_layer(const LayerInput& input, const Values& x_mean, con
 
   const int64_t dw_size = padded(x, inputs) * 9, pw_size = padded(x, outputs) * padded(x, inputs);
   const Chunks chunks = chunks_of(layer, std::clamp<int64_t>(most_partial_sums / pw_size, 2, most_chunks));
-  const Tensor partial = at::zeros({chunks.count, dw_size + pw_size}, compute_type(x));
+  const Tensor partial = at::empty({chunks.count, dw_size + pw_size}, compute_type(x));
   std::vector<double> sums(chunks.count * 2 * padded(x, inputs), 0.0);
   run(chunks, 3 * multiply_adds(layer), Order::backward, [&](int64_t chunk) {
-    char* of_chunk = static_cast<char*>(partial.mutable_data_ptr()) + chunk * (dw_size + pw_size) * partial.element_size();
+    const int64_t bytes = (dw_size + pw_size) * partial.element_size();
+    char* of_chunk = static_cast<char*>(partial.mutable_data_ptr()) + chunk * bytes;
+    std::memset(of_chunk, 0, bytes);
     const BackwardSums to{of_chunk, of_chunk + dw_size * partial.element_size(), sums.data() + chunk * 2 * padded(x, inputs)};
     functions.backward(backward, to, chunks.first(chunk), chunks.first(chunk + 1), workspace(functions.backward_workspace(backward)));
   });
 
-  Values total(dw_size + pw_size, 0.0);
-  with_elements(partial, [&](const auto* from) {
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      for (double& sum : total) sum += static_cast<double>(*from++);
-    }
-  });
+  Values total(dw_size + pw_size);
+  functions.add_chunks(chunks.units > 0 ? chunks.count : 0, dw_size + pw_size, partial.const_data_ptr(), total.data());
   const int64_t lanes = functions.lanes;
   if (weights.dw) {
     Values grad(inputs * 9);
