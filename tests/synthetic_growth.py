@@ -75,7 +75,8 @@ class Growth:
         self.graph, self.number, cost = graph, number, count(graph)
         self.after = [*epochs("retrain", number, rising(final, retrain)),
                       {"event": "retrain", "outcome": "epochs", "retrain_from": "grown", "epochs": retrain, "best_accuracy": final,
-                       "best_epoch": retrain, "seconds": 2.0 * retrain, "first_step_seconds": 0.25}, *self._reading("student", tested, test)]
+                       "best_epoch": retrain, "seconds": 2.0 * retrain, "first_step_seconds": 0.25},
+                       *self._reading("student", tested, test)]
         told = []
         for name, (seen, other) in controls.items():
             trained = retrain + (0 if name == "scratch" else number * stage_epochs)

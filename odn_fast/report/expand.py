@@ -127,7 +127,8 @@ def notes(run: Run) -> list[str]:
     said += _strategy_notes(run)
     for event in run.events["exits"][-1:]:
         reached = ", ".join(f"{each:.2f}" for each in event["validation_accuracies"])
-        said.append(f"After warm-up, depths 1 to {len(event['validation_accuracies'])} were right about {reached} % of the validation images.")
+        said.append(f"After warm-up, depths 1 to {len(event['validation_accuracies'])} were right about {reached} % of the validation "
+                    "images.")
     said += [f"Depth {event['depth']} diverged ({_PHASES[event['phase']]}): its loss was not finite after "
              f"{counted(event['epochs'], 'epoch')}, and its training ended there."
              for event in run.events["depth"] if event["outcome"] == "diverged"]
@@ -174,8 +175,8 @@ def _strategy_notes(run: Run) -> Iterable[str]:
         yield ("Depths were chosen by bisection (--strategy bisect). It finds the smallest depth that passes if accuracy grows with depth: "
                "if all depths deeper than one that passes would pass, too.")
     if _strategy(run) == "parallel":
-        yield (f"Up to {counted(run.config['search']['workers'], 'depth')} were trained at once (--strategy parallel): the answer is that of "
-               "training them one after another.")
+        yield (f"Up to {counted(run.config['search']['workers'], 'depth')} were trained at once (--strategy parallel): the answer is that "
+               "of training them one after another.")
     ended = [event for event in run.events["depth"] if event["outcome"] == "cancelled"]
     if ended:
         reached = "; ".join(f"depth {event['depth']} after {counted(event['epochs'], 'epoch')}"
