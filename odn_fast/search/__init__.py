@@ -1,7 +1,11 @@
 """The searches.
 
-`expand` finds the smallest depth of a network that meets a target accuracy, `grow` grows a teacher's student, `grow_views` a
-radiance field.
+    expand       the smallest depth of a network that meets a target accuracy: expansion, phases, depths, strategies, workers,
+                 preview, state
+    grow         a teacher's student, grown until it fills a budget: growth, growth_setup, growth_phases, growth_rules, growth_state
+    grow_views   a radiance field, grown likewise: radiance_growth, radiance_phases
+
+What they share: lifecycle, training, recorder, setup, display, options and resuming.
 """
 
 from .expansion import Result, expand
