@@ -2,8 +2,8 @@
 
     expand       the smallest depth of a network that meets a target accuracy: expansion, phases, depths, strategies, workers,
                  preview, state
-    grow         a teacher's student, grown until it fills a budget: growth, growth_setup, growth_phases, growth_rules, growth_state
-    grow_views   a radiance field, grown likewise: radiance_growth, radiance_phases
+    grow         a teacher's student, grown until it fills a budget: growth and growth_*
+    grow_views   a radiance field, grown likewise: radiance_*
 
 What they share: lifecycle, training, recorder, setup, display, options and resuming.
 """
