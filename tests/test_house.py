@@ -90,7 +90,7 @@ def test_no_file_and_no_line_outgrows_its_idea():
         assert not [line for line in lines if len(line) > 140], path
 
 
-def test_nothing_optional_is_needed():
+def test_nothing_optional_is_needed(tmp_path):
     """With the extension, Triton and DALI hidden, everything imports and a search runs."""
     program = """
 import sys, warnings
@@ -110,7 +110,5 @@ result = odn_fast.search.expand("resnet18", train=(x, y), validation=(x, y), out
 assert result.validation_accuracy >= 50 and result.network(torch.zeros(1, 1, 8, 8)).shape == (1, 2)
 print("whole")
 """
-    import tempfile
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-c", program, f"{folder}/run"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("whole\n"), done.stdout + done.stderr

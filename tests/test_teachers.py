@@ -154,9 +154,6 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match="has 10 classes, the data set 100"):
         load_teacher(path, 100, (3, 32, 32))
-    with pytest.raises(ValueError, match="does not fit ResNet-20 on .1, 28, 28. images"):
+    with pytest.raises(ValueError, match="does not fit ResNet-20 on .1, 28, 28. images") as caught:
         load_teacher(path, 10, (1, 28, 28))
-    for message in (lambda: load_teacher(path, 100, (3, 32, 32)),):
-        with pytest.raises(ValueError) as caught:
-            message()
-        assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)  # load_state_dict's has several lines
