@@ -98,6 +98,7 @@ def machine() -> dict[str, str]:
     }
 
 
+@functools.cache
 def driver() -> str:
     if shutil.which("nvidia-smi") is None:
         return "unknown"
