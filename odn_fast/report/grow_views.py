@@ -101,11 +101,11 @@ def _silent_note(run: Run) -> Iterable[str]:
     layers = last["layers"] if last else []
     silent = [each["layer"] + 1 for each in layers if each["mean_square"] < _SILENT * each["teacher_mean_square"]]
     if silent:
-        yield (f"After the last stage {listed(silent, 'layer')} said less than {100 * _SILENT:g} % of what the teacher's did (mean square): "
-               "channel attention let R fall by choosing neurons of the teacher that say little, so R steers growth poorly there.")
+        yield (f"After the last stage {listed(silent, 'layer')} said less than {100 * _SILENT:g} % of what the teacher's did (mean "
+               "square): channel attention let R fall by choosing neurons of the teacher that say little, so R steers growth poorly there.")
 
 
-def _cards(run: Run) -> Iterable[tuple[str, str, str]]:
+def cards(run: Run) -> Iterable[tuple[str, str, str]]:
     """The large figures of the first screen: title, value, explanation."""
     result, teacher = run.result, run.result["teacher"]
     readings = [reading for reading in run.events["test_reading"] if reading["network"] == "student"]
