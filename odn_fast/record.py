@@ -109,9 +109,14 @@ class RunFolder:
             self._events.flush()
 
     def events(self) -> list[dict]:
-        """All events so far, a torn last line left out."""
-        lines = (self.path / "events.jsonl").read_bytes().split(b"\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """All events so far, a torn last line left out. Raises RunError where another one is damaged."""
+        events = []
+        for number, line in enumerate((self.path / "events.jsonl").read_bytes().split(b"\n")[:-1], 1):
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                raise RunError(f"{self.path}/events.jsonl: line {number} is damaged; restore the file from a copy") from None
+        return events
 
     def write(self, name: str, content: bytes):
         """Write a file of the folder, whole or not at all."""
@@ -221,9 +226,12 @@ class RunFolder:
         lock = self._opened(self.path / ".lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.close()
             raise RunError(f"{self.path}: another process is at work in this run; wait for it, or stop it") from None
+        except OSError as error:
+            lock.close()
+            raise FolderError(f"{self.path}: cannot be locked ({error.strerror}); name a folder on another file system") from None
         return lock
 
     def _opened(self, path: Path) -> io.BufferedIOBase:

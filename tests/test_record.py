@@ -1,6 +1,7 @@
 """The run folder: whole files or none, checksums, the fall-back to the checkpoint before, the lock."""
 
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -116,6 +117,24 @@ def test_left_overs_of_a_killed_write_are_removed(run):
 def test_second_process_is_kept_out(run):
     with pytest.raises(RunError, match="another process is at work"):
         RunFolder.open(run.path)
+
+
+def test_a_file_system_without_locks_is_named_as_such(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(FolderError, match="cannot be locked .No locks available.; name a folder on another file system"):
+        RunFolder.create(tmp_path / "run", "")
+
+
+def test_a_damaged_event_is_named_by_its_line(run):
+    run.event("start")
+    with (run.path / "events.jsonl").open("ab") as file:
+        file.write(b"\0\0\0\n")
+    run.event("epoch")
+    with pytest.raises(RunError, match="events.jsonl: line 2 is damaged; restore the file from a copy"):
+        run.events()
 
 
 def test_folder_with_something_in_it_is_refused(tmp_path):
