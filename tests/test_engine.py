@@ -207,6 +207,18 @@ def test_fit_goes_on_from_any_step_to_the_same_bits(stop_at):
     assert (training.epoch, training.best_accuracy) == (straight.epoch, straight.best_accuracy)
 
 
+def test_the_time_of_an_interrupted_epoch_is_that_of_both_its_parts():
+    model, data, optimizer = setup()
+    training, record = Training(0.05), Note()
+    with pytest.raises(Interrupted):
+        run_fit(model, data, optimizer, Note(3), Convergence(cap=1), training)
+    assert training.epoch_seconds > 0 and training.seconds == 0
+    training.epoch_seconds += 100  # as if they had taken that long
+    run_fit(model, data, optimizer, record, Convergence(cap=1), training)
+    assert 100 < training.seconds < 150 and record.summaries[0]["seconds"] == training.seconds and training.epoch_seconds == 0
+    assert record.summaries[0]["images_per_second"] > 12 / 100  # of the images seen since
+
+
 def test_divergence_stops_with_the_last_good_weights():
     model, data, optimizer = setup(lr=0.01)
     training = Training(0.01)

@@ -14,11 +14,12 @@ class Training:
     Attributes:
         epoch, step: finished epochs, and finished steps of the epoch under way.
         loss_sum, correct, images: of the epoch under way; (D,) sums over images, on the training device, and their number.
+        epoch_seconds: time spent on the epoch under way, up to its last step.
         lr: present learning rate.
         counter: epochs since the last improvement.
         best_accuracy, best_epoch, best_weights: on validation, unrounded, with the state dict that reached it.
         diverged: a loss was not finite.
-        seconds: time spent so far.
+        seconds: time spent on finished epochs.
         first_step_seconds: from the decision for this network until its first step had ended, in the process that took it.
     """
 
@@ -28,6 +29,7 @@ class Training:
     loss_sum: Tensor | None = None
     correct: Tensor | None = None
     images: int = 0
+    epoch_seconds: float = 0.0
     counter: int = 0
     best_accuracy: float | None = None
     best_epoch: int = 0

@@ -61,7 +61,8 @@ def fit(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Opti
         lr = stop.learning_rate(training)
         set_learning_rate(optimizer, lr)
         data.before_epoch(training.epoch)
-        started, first_step = time.perf_counter(), training.step
+        resumed, first_step = time.perf_counter(), training.step
+        started = resumed - training.epoch_seconds  # as if the epoch had not been interrupted
         images = train_epoch(step, data, record, training)
         step.wait()
         trained = time.perf_counter()
@@ -78,10 +79,10 @@ def fit(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Opti
             "validation_accuracy": accuracy,
             "lr": lr,
             "seconds": ended - started,
-            "images_per_second": images / (trained - started) if training.step > first_step else None,
+            "images_per_second": images / (trained - resumed) if training.step > first_step else None,
         }
         training.epoch += 1
-        training.step, training.images, training.loss_sum, training.correct = 0, 0, None, None
+        training.step, training.images, training.loss_sum, training.correct, training.epoch_seconds = 0, 0, None, None, 0.0
         improved = not training.diverged and stop.after_epoch(training, accuracy)
         if improved:
             training.best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -93,6 +94,7 @@ def fit(model: nn.Module, data: FitData, loss: Loss, optimizer: torch.optim.Opti
 
 def train_epoch(step: TrainStep, data: FitData, record: FitRecord, training: Training) -> int:
     """The rest of the epoch that `training` is in; returns the images seen here. Nothing is read back from the device."""
+    started = time.perf_counter() - training.epoch_seconds
     step.model.train()
     step.begin_epoch(training)
     before = training.images
@@ -101,6 +103,7 @@ def train_epoch(step: TrainStep, data: FitData, record: FitRecord, training: Tra
         if training.first_step_seconds is None and data.since is not None:
             step.wait()
             training.first_step_seconds = time.perf_counter() - data.since
+        training.epoch_seconds = time.perf_counter() - started
         record.step(step.model, step.optimizer, training)
     return training.images - before
 
