@@ -191,8 +191,9 @@ def test_datasets_of_pillow_pictures():
         ((pixels(9, 4, 4), [0] * 8 + [10**9]), "labels run to 1000000000"),
         ((pixels(4, 4, 4), torch.rand(4)), "expected labels"),
         ((pixels(4, 4, 4), [0, 1, 2, 3]), "too few training images"),
+        ((pixels(4, 4, 4), [0, 0, 0, 0]), "arrays: every label is 0; give images of at least two classes"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_unusable_sources_give_one_line(source, message):
     with pytest.raises(DataError, match=message) as caught:

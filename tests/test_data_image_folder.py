@@ -158,7 +158,12 @@ def build_two_validations(root):
 
 
 def build_one_picture(root):
-    write_split(root, {"a": 1})
+    write_split(root, {"a": 1, "b": 1})
+    return root
+
+
+def build_one_class(root):
+    write_split(root, {"all": 3})
     return root
 
 
@@ -180,6 +185,7 @@ def build_file(root):
         (build_fewer_classes, r"test: its classes differ .*\(b is in one only\)"),
         (build_two_validations, "both val and validation"),
         (build_one_picture, "too few training images"),
+        (build_one_class, "has one sub-folder only, all; expected one for each of at least two classes"),
         (build_file, "file: no such folder"),
     ],
 )

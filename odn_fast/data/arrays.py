@@ -75,6 +75,8 @@ def names_of_classes(splits: dict[str, Split], class_names: Sequence[str] | None
             raise DataError(f"{where}: labels run to {largest}, but there are {len(class_names)} class names")
         return tuple(map(str, class_names))
     images = len(splits["train"])
+    if largest == 0:
+        raise DataError(f"{where}: every label is 0; give images of at least two classes, or class_names")
     if largest >= images:  # each class needs a training image; a stray label must not make a billion classes
         raise DataError(f"{where}: labels run to {largest} with {images} training images; number the classes 0..K-1")
     present = torch.cat([split.labels for split in splits.values()]).unique()

@@ -58,6 +58,8 @@ def load_image_folder(
         raise DataError(f"image_size is {size}, expected 1 to {LARGEST_SIZE} pixels")
     folders = split_folders(root)
     class_names = sub_folders(folders["train"])
+    if len(class_names) < 2:
+        raise DataError(f"{folders['train']}: has one sub-folder only, {class_names[0]}; expected one for each of at least two classes")
     listings = {split: list_pictures(folder, class_names, folders["train"]) for split, folder in folders.items()}
     listings = fill_missing_splits(listings, val_fraction, test_fraction, seed, str(root))
     count = sum(len(listing.files) for listing in listings.values())
