@@ -1,6 +1,7 @@
 """Searches whose pictures are decoded as they are needed: the same run whichever loader, interrupted or not."""
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -31,7 +32,8 @@ def has_dali():
     return bool(nvidia.dali)
 
 
-DALI = pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="NVIDIA DALI is not installed: pip install nvidia-dali-cuda130"))
+WITHOUT_DALI = "NVIDIA DALI is not installed: pip install nvidia-dali-cuda130"
+DALI = pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason=WITHOUT_DALI))
 COMMAND = ["--image-size", "8", "--max-depth", "1", "--warm-up-epochs", "1", "--epochs-per-depth", "2", "--batch-size", "8",
            "--threads", "1", "--precision", "fp32"]
 SETTINGS = {"target": 99, "tolerance": 0, "epochs_per_depth": [3], "batch_size": 8, "warm_up_epochs": 1, "lr": 0.05,
@@ -87,6 +89,24 @@ def test_a_search_from_the_command_line(folder, tmp_path, capsys, loader):
     assert f"loader: {loader}" in (tmp_path / "run" / "config.yaml").read_text()
     result, = events(tmp_path / "run", "result")
     assert result["test_accuracy"] >= 50 and (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_that_met_too_many_damaged_pictures_goes_on_with_a_higher_limit(folder, tmp_path, capsys):
+    """Those of the test split are met at the very end."""
+    pictures, run = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(folder, pictures)
+    cut_short(pictures / "test" / "light" / "02.png")
+    assert main(["--dataset", f"imagefolder:{pictures}", "--loader", "torch", "--corrupt-limit", "1", "--out", str(run), *COMMAND]) == 2
+    assert "raise --corrupt-limit (a run goes on with it and --resume)" in capsys.readouterr().err and not (run / "model").exists()
+    assert main(["--resume", str(run)]) == 2
+    assert main(["--resume", str(run), "--corrupt-limit", "2"]) == 0
+    assert "resumed in phase" in capsys.readouterr().out and (run / "model" / "manifest.json").exists()
+
+
+def test_a_run_folder_among_the_classes_is_refused(folder, tmp_path, capsys):
+    """Read again, the data would have a class more."""
+    assert main(["--dataset", f"imagefolder:{folder / 'train'}", "--out", str(folder / "train" / "runs" / "first"), *COMMAND]) == 2
+    assert "lies among the classes" in capsys.readouterr().err and not (folder / "train" / "runs").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*stands in for it")

@@ -32,6 +32,6 @@ class Damage:
             self.found[file] = first_line(error)
             count = len(self.found)
         if count > self.limit:
-            raise DataError(f"{first_line(error)}; of the pictures read so far {count} cannot be, and corrupt_limit is {self.limit}: take "
-                            "such pictures away or get them again, or raise --corrupt-limit") from error
+            raise DataError(f"{first_line(error)}; of the pictures read so far {count} cannot be, and corrupt_limit is {self.limit}: raise "
+                            "--corrupt-limit (a run goes on with it and --resume), or start anew with whole pictures") from error
         self.tell(f"{first_line(error)}; another picture of its class stands in for it ({count} of at most {self.limit})")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import export
-from ..config import ExpandConfig, from_values, resolve, to_yaml
+from ..config import ExpandConfig, from_values, resolve
 from ..data import DataSet
 from ..engine import check_device
 from ..models import DepthNetwork
@@ -92,13 +92,13 @@ def run_expansion(config: ExpandConfig, out: str | Path | None, *, model: DepthN
                   data: DataSet | None = None, display: Display | Silent) -> Result:
     """A new search in a new run folder. `model` and `data` stand in for those that the configuration names."""
     config = resolve(config)
-    data = data or load_data(config)
     check_device(config.run.device)
+    data = data or load_data(config)
     model = copy.deepcopy(model) if model is not None else create_model(config, data)
     check_depths(config, model, data)
     config = with_loader(with_threads(_with_workers(config, model)), data)
     checksum = checksum_of(data, display)
-    folder = new_folder(out or default_folder("expand", config.data.dataset, config.model or "model"), to_yaml(config))
+    folder = new_folder(out or default_folder("expand", config.data.dataset, config.model or "model"), config)
     return _run(config, model, data, checksum, folder, RunState(), display, resumed=False)
 
 

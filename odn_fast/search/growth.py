@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .. import export
-from ..config import ConfigError, GrowConfig, from_values, resolve, to_yaml
+from ..config import ConfigError, GrowConfig, from_values, resolve
 from ..data import DataSet
 from ..engine import check_device
 from ..models.teachers import NETWORKS, Teacher
@@ -101,14 +101,14 @@ def run_growth(config: GrowConfig, out: str | Path | None, *, teacher: Teacher |
     config = with_threads(resolve(config))
     if teacher is not None:
         config = from_values({"teacher.train": None, "teacher.file": None}, config.model_dump(), GrowConfig)
-    data = data or load_data(config)
     check_device(config.run.device)
+    data = data or load_data(config)
     teacher = _teacher(config, data, teacher)
     if config.growth.width is None:
         config = from_values({"growth.width": natural_width(teacher)}, config.model_dump(), GrowConfig)
     first_student(config, teacher, data)
     config, checksum = with_loader(config, data), checksum_of(data, display)
-    folder = new_folder(out or default_folder("grow", config.data.dataset, teacher.name.lower()), to_yaml(config))
+    folder = new_folder(out or default_folder("grow", config.data.dataset, teacher.name.lower()), config)
     return _run(config, teacher, data, checksum, folder, GrowState(), display, resumed=False)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .. import __version__, _extension
 from ..config import (
-    Config, ConfigError, DataConfig, ExpandConfig, GrowConfig, GrowViewsConfig, absolute_paths, flat, from_values, read_yaml)
+    Config, ConfigError, DataConfig, ExpandConfig, GrowConfig, GrowViewsConfig, absolute_paths, flat, from_values, read_yaml, to_yaml)
 from ..data import DataSet, arrays_with, from_arrays
 from ..data.views import Scene
 from ..engine import FitConfig, Interrupted, Interrupts, Training, check_device, resolve_precision, tune_allocator
@@ -18,7 +18,11 @@ from ..machine import environment
 from ..record import RunFolder
 from .display import Display, Silent
 from .recorder import Recorder, State
-from .setup import load_data, run_environment
+from .setup import check_apart, load_data, run_environment
+
+# Settings that a resumed run may be given anew: files may have moved (their checksum is compared), and more damaged pictures may
+# turn up than were allowed for (the others that stand in for them do not depend on the limit).
+_MAY_CHANGE = ("data.data_dir", "data.corrupt_limit")
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,11 @@ def at_hand(data: DataSet, device: str, folder: RunFolder, display: Display | Si
     return data.to(device)
 
 
-def new_folder(path: str | Path, config_text: str) -> RunFolder:
+def new_folder(path: str | Path, config: Config) -> RunFolder:
     """A new run folder. A signal that comes while it is made is heard as soon as there is a run that can be resumed."""
+    check_apart(path, config)
     with Interrupts() as interrupts, interrupts.deferred():
-        folder = RunFolder.create(path, config_text)
+        folder = RunFolder.create(path, to_yaml(config))
     if interrupts.pending is not None:
         with folder, _naming(folder):
             raise Interrupted(interrupts.pending)
@@ -146,7 +151,7 @@ def reopened(path: str | Path, given: dict[str, Any], kind: type[Config], data: 
         ours = flat(config)
         repeated = flat(absolute_paths(from_values(given, kind=kind)))
         for name in given:
-            if ours[name] != repeated[name] and name != "data.data_dir":  # files may have moved: their checksum is compared
+            if ours[name] != repeated[name] and name not in _MAY_CHANGE:
                 raise ConfigError(f"resume {path}: {name} = {repeated[name]} contradicts the run's {ours[name]}; "
                                   "give --resume alone, or start a new run")
         check_device(config.run.device)
@@ -158,8 +163,8 @@ def reopened(path: str | Path, given: dict[str, Any], kind: type[Config], data: 
             name = next(name for name in ours if saved["config"].get(name) != ours[name])
             raise ConfigError(f"{folder.path / 'config.yaml'}: {name} = {ours[name]} differs from the "
                               f"{saved['config'].get(name)} that the run was made with; put it back, or start a new run")
-        place = {"data.data_dir": repeated["data.data_dir"]} if "data.data_dir" in given else {}
-        data = data or load_data(from_values(place, config.model_dump(), kind))
+        changed = {name: repeated[name] for name in _MAY_CHANGE if name in given}
+        data = data or load_data(from_values(changed, config.model_dump(), kind))
         checksum = checksum_of(data, display)
         if saved and saved["data"] != checksum:
             raise ConfigError(f"resume {path}: the data set {config.data.dataset} is not the one the run was made with "

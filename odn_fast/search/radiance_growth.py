@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..config import ConfigError, GrowViewsConfig, from_values, resolve, to_yaml
+from ..config import ConfigError, GrowViewsConfig, from_values, resolve
 from ..data.errors import first_line
 from ..data.views import Scene
 from ..engine import check_device
@@ -103,7 +103,7 @@ def run_views_growth(config: GrowViewsConfig, out: str | Path | None, *, display
     _check_sizes(config)
     scene = load_data(config)
     checksum = scene.checksum()
-    folder = new_folder(out or default_folder("grow-views", scene.name, config.growth.teacher), to_yaml(config))
+    folder = new_folder(out or default_folder("grow-views", scene.name, config.growth.teacher), config)
     return _run(config, scene, checksum, folder, GrowState(), display, resumed=False)
 
 

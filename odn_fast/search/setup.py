@@ -10,6 +10,7 @@ import torch
 from .. import __version__, _extension, export, models
 from ..config import ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig
 from ..data import DataSet, load_configured
+from ..data.image_folder import split_folders
 from ..data.views import ANALYTIC_SIZE, Scene, analytic_scene, load_views
 from ..engine import resolve_precision
 from ..machine import environment
@@ -58,6 +59,16 @@ def run_environment(config: ExpandConfig | GrowConfig) -> dict:
     return {"odn_fast": __version__, "processor": here["processor"], "GPU": gpu, "torch": here["torch"],
             "C++ ops": _extension.instruction_set() or "not built",
             "precision": resolve_precision(config.run.precision, config.run.device)}
+
+
+def check_apart(folder: str | Path, config: ExpandConfig | GrowConfig | GrowViewsConfig):
+    """Refuse a run folder among the classes of an image folder: read again, it would be one of them. Raises ConfigError."""
+    kind, _, root = config.data.dataset.partition(":")
+    if kind == "imagefolder" and Path(root).is_dir():
+        for place in split_folders(Path(root)).values():
+            if Path(folder).resolve().is_relative_to(place):
+                raise ConfigError(f"out {folder}: lies among the classes in {place} and would be taken for one; name a folder elsewhere, "
+                                  "with --out")
 
 
 def default_folder(search: str, dataset: str, model: str) -> Path:
