@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -32,7 +31,15 @@ def parse_size(value: object) -> object:
     return round(float(written[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[written[2]])
 
 
+def in_percent(value: float) -> float:
+    """Refuse 0.97 where 97 is meant: every network reaches it. Raises ValueError."""
+    if value < 1:
+        raise ValueError("expected percent from 1 to 100, such as 97")
+    return value
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, lt=2**63)]
+Percent = Annotated[float, AfterValidator(in_percent), Field(le=100, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -267,6 +274,10 @@ def _expand_recipe(config: ExpandConfig) -> dict[str, Any]:
         raise ConfigError("search.epochs_cap: does not go with search.epochs_per_depth, which fixes the epochs")
     if config.search.workers is not None and config.search.strategy != "parallel":
         raise ConfigError(f"search.workers: goes with --strategy parallel only; {config.search.strategy} trains one depth at a time")
+    target = config.search.target_accuracy or recipe["search.target_accuracy"]
+    if config.search.tolerance >= target:
+        raise ConfigError(f"search.tolerance: expected less than the target, {target:g}, or any depth would pass; got "
+                          f"{config.search.tolerance:g}")
     if fixed or "epochs_cap" in config.search.model_fields_set:  # given, perhaps as null: no cap
         recipe.pop("search.epochs_cap", None)
     return recipe

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, errors of one line, a search, a report, a prediction."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -60,6 +61,35 @@ def test_config_of_a_run_starts_another(run, tmp_path):
     assert config["training"]["momentum"] == 0.5 and config["data"]["limit_train"] == 100
 
 
+def test_a_run_outlives_whoever_reads_its_output(tmp_path):
+    """As behind `| head -1`."""
+    child = subprocess.Popen([sys.executable, "-m", "odn_fast.search", *QUICK, "--out", str(tmp_path / "run")],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline().startswith("odn_fast")
+    child.stdout.close()
+    said = child.stderr.read()
+    assert child.wait(timeout=300) == 0, said
+    assert said == "warning: nobody reads what is printed any more; the run goes on, and its folder holds what it finds\n"
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_names_that_the_terminal_has_no_letters_for_end_no_run(tmp_path):
+    """Neither those of an old locale nor bytes that are no UTF-8."""
+    out = os.fsdecode(bytes(tmp_path) + b"/run-\xff-\xc3\xa9")
+    done = subprocess.run([sys.executable, "-m", "odn_fast.search", *QUICK, "--out", out], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert r"run-\udcff-\xe9/report.html" in done.stdout and os.path.exists(f"{out}/report.html")
+
+
+def test_output_that_cannot_be_written_is_named(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "odn_fast.search", *QUICK, "--out", str(tmp_path / "run")], stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "error: standard output: No space left on device; a run that had begun goes on with --resume" in done.stderr
+
+
 def test_require_target_gives_status_1(tmp_path):
     assert main([*QUICK, "--out", str(tmp_path / "run"), "--require-target"]) == 1
 
@@ -68,6 +98,8 @@ def test_require_target_gives_status_1(tmp_path):
     (["--model", "resnet19"], "model: expected one of resnet18"),
     (["--dataset", "minst"], "no data set is called 'minst'"),
     (["--target-accuracy", "150"], "search.target_accuracy"),
+    (["--target-accuracy", "0.97"], "search.target_accuracy: expected percent from 1 to 100, such as 97, got 0.97"),
+    (["--target-accuracy", "90", "--tolerance", "90"], "search.tolerance: expected less than the target, 90, or any depth would pass"),
     (["--initial-depth", "0"], "search.initial_depth"),
     (["--max-depth", "9"], "max_depth: expected at most 8"),
     (["--dataset", "imagefolder:EMPTY"], "EMPTY"),
@@ -78,6 +110,7 @@ def test_require_target_gives_status_1(tmp_path):
     (["--config", "none.yaml"], "config none.yaml: cannot be read"),
     (["--resume", "nowhere"], "resume nowhere: is not a run folder"),
     (["--device", "cuda:77"], "device: cuda:77 is not usable here"),
+    (["--device", "tpu", "--dataset", "imagefolder:EMPTY"], "device: tpu is not usable here"),  # before data is read for it
     (["--limit-train", "5000"], "5000"),
     (["--precision", "fp8"], "run.precision"),
     (["--threads", "0"], "run.threads"),
@@ -93,11 +126,21 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argum
     assert {path.name for path in tmp_path.iterdir()} == {"EMPTY"}
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", "many"], ["--unknown"], ["shrink"], ["--epochs-per-depth", "3,x"]])
-def test_what_argparse_refuses_is_status_2(arguments, capsys):
+@pytest.mark.parametrize("arguments, words", [
+    (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"), (["--unknown"], "--unknown"), (["shrink"], "shrink"),
+    (["--epochs-per-depth", "3,x"], "--epochs-per-depth: expected whole numbers such as 20,15, got '3,x'")])
+def test_what_argparse_refuses_is_status_2(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert stop.value.code == 2 and "error" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "error" in said and words in said
+
+
+@pytest.mark.parametrize("option", ["--resume", "--config"])
+def test_a_path_that_the_shell_did_not_expand_begins_at_home(tmp_path, monkeypatch, capsys, option):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([f"{option}=~/nowhere"]) == 2
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
 
 
 def test_out_that_is_not_empty_is_status_2_and_untouched(tmp_path, capsys):

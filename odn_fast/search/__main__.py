@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError:
         return _fail(display, "memory is used up; take a smaller --batch-size or --image-size, then go on with --resume", 1)
     except OSError as error:
-        return _fail(display, f"{error.filename or 'a file'}: {error.strerror}", 1)
+        return _fail(display, f"{error.filename or 'standard output'}: {error.strerror}; a run that had begun goes on with --resume", 1)
 
 
 def _kind(options: dict[str, Any]) -> type[Config]:

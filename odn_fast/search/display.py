@@ -1,5 +1,7 @@
 """What a search says while it works: a live line on a terminal, plain lines elsewhere."""
 
+import io
+import os
 import sys
 import threading
 import time
@@ -10,11 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 
+class _Output(Console):
+    """Standard output. A run outlives whoever reads it (`| head`, a `tee` that was stopped): its folder holds what it finds."""
+
+    def on_broken_pipe(self):
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
+        print("warning: nobody reads what is printed any more; the run goes on, and its folder holds what it finds", file=sys.stderr)
+
+
 class Display:
     """Prints to standard output, from any thread. `Silent` is its counterpart for use from Python."""
 
     def __init__(self):
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name that this terminal has no letters for ends no run
+        self._console = _Output(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._shown = 0.0
         self._steps: dict[str, str] = {}
@@ -36,7 +49,7 @@ class Display:
                 str(row["depth"]), f"{row['params']:,}", f"{row['state_bytes'] / 1e6:.2f}", f"{row['macs'] / 1e6:.2f} M",
                 f"{row['latency_ms']:.2f} ({row['latency_low_ms']:.2f}-{row['latency_high_ms']:.2f})",
                 f"{row['seconds_per_epoch']:.1f}" if row["seconds_per_epoch"] is not None else "-")
-        Console(file=self._console.file, width=100, highlight=False, no_color=not self._console.is_terminal).print(table)
+        _Output(file=self._console.file, width=100, highlight=False, no_color=not self._console.is_terminal).print(table)
 
     def step(self, title: str, text: str):
         """The live line of the epoch that the training called `title` is in, below those of others; terminals only."""

@@ -1,6 +1,7 @@
 """The options of the command line: what each sets, and what its help says."""
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,13 @@ class Option(NamedTuple):
 
 def _listed(text: str) -> list[str]:
     return [] if text == "none" else text.split(",")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 20,15, got {text!r}") from None
 
 
 _DATA = [
@@ -67,7 +75,7 @@ EXPAND = [
     Option("--initial-depth", "search.initial_depth", int, "D", "first depth that is trained, in blocks"),
     Option("--max-depth", "search.max_depth", int, "D", "last depth that is trained, in blocks (default: the model's full depth)"),
     Option("--epochs-cap", "search.epochs_cap", int, "N", "most epochs per depth while searching (fine-tuning is not bound)"),
-    Option("--epochs-per-depth", "search.epochs_per_depth", lambda text: [int(part) for part in text.split(",")], "N,N,..",
+    Option("--epochs-per-depth", "search.epochs_per_depth", _whole_numbers, "N,N,..",
            "exact epochs for the first, second, ... depth in place of the stopping rule, without fine-tuning"),
     Option("--strategy", "search.strategy", str, "NAME",
            "in which order depths are trained, each from the same warmed-up weights. linear: from shallow to deep, until one passes. "
@@ -154,9 +162,11 @@ def add_options(command: argparse.ArgumentParser, options: list[Option], kind: t
         command.add_argument(option.name, dest=option.setting, type=option.kind, metavar=option.metavar, help=option.help + note)
     command.add_argument("--no-malloc-tuning", dest="run.malloc_tuning", action="store_false",
                          help="leave the C library's allocator as it is (default: tuned to keep large blocks)")
-    command.add_argument("--out", metavar="DIR", help="run folder to make (default: a new one in runs/)")
-    command.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; give nothing else")
-    command.add_argument("--config", metavar="FILE", help="YAML file with settings, such as a run's config.yaml; options go first")
+    path = os.path.expanduser  # a shell leaves the ~ of --out=~/runs as it is
+    command.add_argument("--out", type=path, metavar="DIR", help="run folder to make (default: a new one in runs/)")
+    command.add_argument("--resume", type=path, metavar="RUN", help="go on with the run in this folder; give nothing else")
+    command.add_argument("--config", type=path, metavar="FILE",
+                         help="YAML file with settings, such as a run's config.yaml; options go first")
     command.add_argument("--set", metavar="SETTING=VALUE", action="append",
                          help="any setting by its path, such as training.weight_decay=1e-4; may be repeated")
 
