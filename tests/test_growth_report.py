@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from synthetic_growth import Growth, cifar
@@ -171,6 +172,13 @@ def test_plots_name_what_they_show(digits_page):
     assert {"1 (q = 9)", "2 (q = 4)"} <= set(figure(digits_page, "What nodes"))
     curves = figure(digits_page, "Learning curves")
     assert {"stage 1", "stage 4", "retraining", "best 98.67 %", "control: labels", "training loss"} <= set(curves)
+
+
+def test_numbers_of_stages_stand_clear_of_each_other_and_of_the_student():
+    written = []
+    axes = SimpleNamespace(annotate=lambda text, place, *_, **__: written.append((text, place)))
+    growth_plots.number_stages(axes, [(1, 10.0, 1.0), (2, 500.0, 2.0), (3, 510.0, 3.0), (4, 1000.0, 4.0)], [1010.0])
+    assert written == [("1", (10.0, 1.0)), ("3", (510.0, 3.0))]
 
 
 def test_the_loss_that_is_drawn_is_that_of_the_labels(tmp_path, monkeypatch):

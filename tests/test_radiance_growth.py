@@ -20,6 +20,7 @@ from odn_fast.engine.radiance import CHUNK, chunked, distilled_loss, inner_loss,
 from odn_fast.models.radiance import RadianceShape, create_field
 from odn_fast.ops import channel_attention
 from odn_fast.report import write_report
+from odn_fast.report.grow_views import spread
 from odn_fast.search import grow_views, load_field, radiance_phases, resume
 from odn_fast.search.__main__ import main
 from odn_fast.search.recorder import Recorder
@@ -190,6 +191,12 @@ def test_an_unfinished_run_has_a_page_that_says_so(result, tmp_path):
     for count in (0, 1, 3, 5, 8, len(lines) - 3):
         (tmp_path / "events.jsonl").write_text("".join(line + "\n" for line in lines[:count]))
         assert "unfinished" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("heights, apart", [
+    ([0.2, 0.5, 0.51, 0.9], [0.2, 0.5, 0.58, 0.9]), ([0.96, 0.97, 1.0], [0.84, 0.92, 1.0]), ([], [])])
+def test_names_of_layers_are_kept_apart(heights, apart):
+    assert spread(heights, 0.08) == pytest.approx(apart)
 
 
 def test_controls_larger_than_the_student_are_no_rivals(result, tmp_path):

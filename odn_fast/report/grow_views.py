@@ -4,9 +4,11 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
+from .growth_plots import number_stages
 from .page import counted, escaped, foldable, listed, plot, share, table
 from .plots import BLUE, GREEN, GREY, INK, ORANGE, rendered
 from .run import Run
@@ -196,9 +198,8 @@ def _growth_plot(run: Run) -> str:
     def draw(figure: Figure):
         top, bottom = figure.subplots(2, 1)
         top.plot([stage["params"] for stage in stages], [stage["validation_psnr"] for stage in stages], "o-", color=GREY, ms=4, lw=1)
-        for stage in stages:
-            top.annotate(str(stage["stage"]), (stage["params"], stage["validation_psnr"]), (0, 5), textcoords="offset points",
-                         ha="center", fontsize=7, color=GREY)
+        number_stages(top, [(stage["stage"], stage["params"], stage["validation_psnr"]) for stage in stages],
+                      [result["params"]] if result else [])
         teacher = run.last("teacher")
         top.axhline(teacher["validation_psnr"], color=GREEN, lw=1, ls="--", label="teacher")
         for each in run.events["control"]:
@@ -207,28 +208,45 @@ def _growth_plot(run: Run) -> str:
         if result:
             top.plot(result["params"], result["validation_psnr"], "D", color=BLUE, ms=7, label="student, retrained")
         top.set(xlabel="parameters", ylabel="validation PSNR (dB)")
+        top.set_xlim(0, 1.1 * max(each["params"] for each in (*stages, *run.events["control"], *([result] if result else ()))))
+        top.xaxis.set_major_formatter(EngFormatter(sep=" "))
         top.legend(loc="lower right", fontsize=9, framealpha=0.85, edgecolor="none")
         _draw_losses(bottom, stages, grown)
     return rendered("growth", (8.4, 6.4), "PSNR against parameters, and R of every layer by stage", draw)
 
 
 def _draw_losses(axes, stages: Sequence[dict], grown: dict[int, int]):
-    count = len(stages[0]["layers"])
+    count, ends = len(stages[0]["layers"]), []
     for layer in range(count):
         values = [(stage["stage"], stage["layers"][layer]["R"]) for stage in stages if 0 < stage["layers"][layer]["R"] < math.inf]
-        shade = 0.15 + 0.7 * layer / max(1, count - 1)
-        colour = (0.12 + 0.5 * (1 - shade), 0.37 * shade + 0.45 * (1 - shade), 0.75)
-        axes.plot(*zip(*values), "-", color=colour, lw=1.3) if values else None
+        if not values:
+            continue
+        colour = matplotlib.colormaps["viridis"](0.8 * layer / max(1, count - 1))
+        axes.plot(*zip(*values), "-", color=colour, lw=1.3)
         chosen = [(stage, value) for stage, value in values if grown.get(stage) == layer]
         axes.plot(*zip(*chosen), "o", color=colour, ms=5) if chosen else None
-        if values:
-            axes.annotate(f"layer {layer + 1}", values[-1], (6, -3), textcoords="offset points", fontsize=8, color=colour)
+        ends.append((values[-1][1], f"layer {layer + 1}", colour))
     axes.set_yscale("log")
+    low, high = map(math.log, axes.get_ylim())
+    ends.sort(key=lambda end: end[0])
+    heights = spread([(math.log(value) - low) / (high - low) for value, _, _ in ends], 0.08)
+    for height, (_, text, colour) in zip(heights, ends):
+        axes.text(1.01, height, text, transform=axes.transAxes, va="center", fontsize=8.5, color=colour)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="stage", ylabel="R")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.margins(x=0.08)
+
+
+def spread(heights: Sequence[float], least: float) -> list[float]:
+    """Rising heights, raised where two would be nearer to each other than `least`, and none of them beyond 1 where there is room."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + least) if placed else height)
+    top = 1.0
+    for index in reversed(range(len(placed))):
+        placed[index], top = min(placed[index], top), min(placed[index], top) - least
+    return placed
 
 
 def _decibels(value: float) -> str:

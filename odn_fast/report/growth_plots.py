@@ -63,7 +63,8 @@ def accuracy_plot(stages: Sequence[dict], grown: dict | None, controls: Sequence
             _whisker(axes, scale, stage["params"], stage["validation_accuracy"], images, GREY)
         axes.plot([stage["params"] for stage in seen], [scale.at(stage["validation_accuracy"]) for stage in seen], "o-",
                   color=INK, ms=5, lw=1.2, label="after a stage")
-        _number_stages(axes, scale, seen)
+        number_stages(axes, [(stage["stage"], stage["params"], scale.at(stage["validation_accuracy"])) for stage in seen],
+                      [grown["params"]] if grown else [])
         if grown:
             _whisker(axes, scale, grown["params"], grown["validation_accuracy"], images, BLUE)
             axes.plot(grown["params"], scale.at(grown["validation_accuracy"]), "*", color=BLUE, ms=16, mec="white", mew=0.8,
@@ -98,16 +99,15 @@ def _whisker(axes, scale, place, accuracy, images, colour):
     axes.vlines(place, scale.at(low), scale.at(high), color=colour, lw=1.2, alpha=0.5)
 
 
-def _number_stages(axes, scale, stages):
-    """Stage numbers above the points, as many as fit."""
-    widest = max((stage["params"] for stage in stages), default=1)
-    taken: list[float] = []
-    for stage in [*stages[:1], *stages[:0:-1]]:
-        place = stage["params"] / widest
-        if all(abs(place - other) > 0.028 for other in taken):
-            taken.append(place)
-            axes.annotate(str(stage["stage"]), (stage["params"], scale.at(stage["validation_accuracy"])), (0, 6),
-                          textcoords="offset points", ha="center", color=GREY, fontsize=8.5, zorder=5, bbox=BEHIND)
+def number_stages(axes, stages: Sequence[tuple[int, float, float]], taken: Sequence[float]):
+    """Numbers of stages above their points (number, x, y), as many as fit beside each other and beside the places `taken` (x)."""
+    widest = max((x for _, x, _ in stages), default=1)
+    places = list(taken)
+    for number, x, y in [*stages[:1], *stages[:0:-1]]:
+        if all(abs(x - other) > 0.028 * widest for other in places):
+            places.append(x)
+            axes.annotate(str(number), (x, y), (0, 6), textcoords="offset points", ha="center", color=GREY, fontsize=8.5, zorder=5,
+                          bbox=BEHIND)
 
 
 def limits_plot(stages: Sequence[dict], limits: Sequence[tuple[str, str, int, str]], finished: bool) -> str:
