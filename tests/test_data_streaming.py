@@ -1,5 +1,6 @@
 """data/pictures.py, data/streaming.py, data/loading.py: pictures that are decoded as they are needed."""
 
+import os
 import sys
 import threading
 import time
@@ -181,6 +182,13 @@ def test_damaged_pictures_are_named_and_stood_in_for(folder, loader):
     train, validation = every(expected.train).clone(), every(expected.validation).clone()
     train[3], validation[6] = train[4], validation[4]  # the next one of its class, and, from its end, the first
     assert torch.equal(found[0], train) and torch.equal(found[1], validation)
+
+
+def test_a_file_may_be_called_what_is_no_text(folder):
+    file = folder / "train" / "a" / "000.png"
+    before = loaded(folder).checksum()
+    file.rename(file.with_name(os.fsdecode(b"caf\xe9.png")))
+    assert len(loaded(folder).checksum()) == 64 and loaded(folder).checksum() != before
 
 
 @pytest.mark.parametrize("loader", ["resident", "torch"])

@@ -134,7 +134,7 @@ class Pictures:
         digest.update(f"{name} pictures {len(self)} {self.size}\n".encode())
         with ThreadPoolExecutor(max_workers=thread_count()) as threads:
             for file, label, content in zip(self.files, self.labels.tolist(), threads.map(_file_digest, self.files)):
-                digest.update(f"{file.relative_to(self.root)} {label}\n".encode() + content)
+                digest.update(os.fsencode(file.relative_to(self.root)) + f" {label}\n".encode() + content)  # names need be no UTF-8
 
 
 def _file_digest(file: Path) -> bytes:
