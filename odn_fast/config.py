@@ -221,10 +221,15 @@ GROW_RECIPES = {
 }
 
 
+def kind_named(name: object) -> type[ExpandConfig] | type[GrowConfig] | type[GrowViewsConfig]:
+    """Of which search a configuration is, by its `kind` or a command's name; expand's has none."""
+    return {"grow": GrowConfig, "grow-views": GrowViewsConfig}.get(str(name), ExpandConfig)
+
+
 def from_values(values: dict[str, Any], base: dict | None = None, kind: type[Config] = ExpandConfig) -> Config:
     """A configuration from dotted values such as {"search.target_accuracy": 97}, laid over the nested dict `base`.
 
-    kind: `ExpandConfig` or `GrowConfig`.
+    kind: of which search.
 
     Raises:
         ConfigError: an unknown key or a value out of range, named with what is expected.
@@ -310,6 +315,11 @@ def _views_recipe(config: GrowViewsConfig) -> dict[str, Any]:
         raise ConfigError(f"data.near: expected less than data.far, {config.data.far:g}, got {config.data.near:g}")
     part = max(1, width // 8)
     return {"growth.start": part, "growth.step": part, "training.lr": 5e-3 if width <= 128 else 5e-4}
+
+
+def views_dataset(views: str | Path) -> str:
+    """How a configuration names views: a folder of them, or "analytic"."""
+    return "analytic" if str(views) == "analytic" else f"views:{views}"
 
 
 def absolute_paths(config: Config) -> Config:

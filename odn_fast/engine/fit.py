@@ -1,4 +1,4 @@
-"""The one training loop, shared by both searches."""
+"""The one training loop, shared by all searches."""
 
 import time
 from collections.abc import Callable

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import Config, ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig, from_values, read_yaml
+from ..config import Config, ConfigError, ExpandConfig, GrowConfig, GrowViewsConfig, from_values, kind_named, read_yaml
 from ..engine import Interrupted
 from ..record import FolderError, RunError
 from .display import Display
@@ -28,7 +28,7 @@ _EXPAND_EPILOG = """examples:
   python -m odn_fast.search --dataset imagefolder:photos --image-size 64 --test-fraction 0.1 --target-accuracy 90
   python -m odn_fast.search --strategy parallel --workers 2 --threads 1
   python -m odn_fast.search --resume runs/expand-mnist-resnet18-20260131-101500
-  python -m odn_fast.search grow --help                       the other search
+  python -m odn_fast.search grow --help                       another search, as is grow-views
 
 """ + _STATUS.format(" (1 if --require-target and the target was not met)")
 _GROW_EPILOG = """examples:
@@ -85,8 +85,8 @@ def _kind(options: dict[str, Any]) -> type[Config]:
         return kind_of(options["resume"])
     named = options["command"]
     if named == "expand" and "config" in options:
-        named = str(read_yaml(options["config"]).get("kind"))
-    return {"grow": GrowConfig, "grow-views": GrowViewsConfig}.get(named, ExpandConfig)
+        named = read_yaml(options["config"]).get("kind")
+    return kind_named(named)
 
 
 def _expand(options: dict[str, Any], display: Display) -> int:

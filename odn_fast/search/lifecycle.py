@@ -1,4 +1,4 @@
-"""How a run begins, goes on in another process, and is stopped; shared by both searches."""
+"""How a run begins, goes on in another process, and is stopped; shared by all searches."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,7 +10,8 @@ import torch
 
 from .. import __version__, _extension
 from ..config import (
-    Config, ConfigError, DataConfig, ExpandConfig, GrowConfig, GrowViewsConfig, absolute_paths, flat, from_values, read_yaml, to_yaml)
+    Config, ConfigError, DataConfig, ExpandConfig, GrowConfig, GrowViewsConfig, absolute_paths, flat, from_values, kind_named,
+    read_yaml, to_yaml)
 from ..data import DataSet, arrays_with, from_arrays
 from ..data.views import Scene
 from ..engine import FitConfig, Interrupted, Interrupts, Training, check_device, resolve_precision, tune_allocator
@@ -48,8 +49,7 @@ class Reopened:
 def kind_of(path: str | Path) -> type[ExpandConfig] | type[GrowConfig] | type[GrowViewsConfig]:
     """Which search the run in folder `path` is of. A folder that is none is refused where it is opened."""
     file = Path(path) / "config.yaml"
-    kinds = {"grow": GrowConfig, "grow-views": GrowViewsConfig}
-    return kinds.get(str(read_yaml(file).get("kind")), ExpandConfig) if file.is_file() else ExpandConfig
+    return kind_named(read_yaml(file).get("kind") if file.is_file() else None)
 
 
 def settings_of(path: str | Path) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from .. import data as data_sets
 from .. import models
-from ..config import Config, ConfigError, flat, parse_value
+from ..config import Config, ConfigError, flat, parse_value, views_dataset
 from ..data.views import ANALYTIC_SIZE
 from ..models.teachers import NETWORKS
-from .radiance_growth import dataset_name
 
 
 class Option(NamedTuple):
@@ -125,7 +124,7 @@ GROW = [
     *_run_options(", 1 for digits"),
 ]
 GROW_VIEWS = [
-    Option("--views", "data.dataset", dataset_name, "DIR", "folder in nerf_synthetic's layout (transforms_train.json, ...), or "
+    Option("--views", "data.dataset", views_dataset, "DIR", "folder in nerf_synthetic's layout (transforms_train.json, ...), or "
                                                            "analytic: a scene of spheres and boxes that needs no data"),
     Option("--size", "data.size", int, "PIXELS", "height and width that views are brought to by averaging "
                                                  f"(default: {ANALYTIC_SIZE} for analytic, else as they are)"),
@@ -151,7 +150,7 @@ _FROM_RECIPE = ("search.target_accuracy", "search.epochs_cap", "training.lr", "t
 
 
 def add_options(command: argparse.ArgumentParser, options: list[Option], kind: type[Config]):
-    """Add the options of a search, and those that both have, with their defaults."""
+    """Add the options of a search, and those that all have, with their defaults."""
     defaults = flat(kind())
     for option in options:
         default = defaults[option.setting]

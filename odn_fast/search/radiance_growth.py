@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..config import ConfigError, GrowViewsConfig, from_values, resolve
+from ..config import ConfigError, GrowViewsConfig, from_values, resolve, views_dataset
 from ..data.errors import first_line
 from ..data.views import Scene
 from ..engine import check_device
@@ -85,13 +85,8 @@ def grow_views(views: str | Path = "analytic", *, out: str | Path | None = None,
         RunError: the run cannot go on; it can be resumed from its folder.
         Interrupted: a signal stopped it after its state was saved.
     """
-    values = from_settings(settings, GrowViewsConfig) | {"data.dataset": dataset_name(views)}
+    values = from_settings(settings, GrowViewsConfig) | {"data.dataset": views_dataset(views)}
     return run_views_growth(from_values(values, kind=GrowViewsConfig), out, display=Display() if progress else Silent())
-
-
-def dataset_name(views: str | Path) -> str:
-    """How the configuration names views."""
-    return "analytic" if str(views) == "analytic" else f"views:{views}"
 
 
 def run_views_growth(config: GrowViewsConfig, out: str | Path | None, *, display: Display | Silent) -> ViewsResult:
