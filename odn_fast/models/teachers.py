@@ -165,8 +165,9 @@ def load_teacher(path: str | Path, classes: int, input_shape: tuple[int, int, in
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"teacher {path}: cannot be read ({error.strerror}); give the path of a checkpoint") from None
-    except Exception as error:  # whatever a damaged archive or a forbidden pickle raises
-        raise ValueError(f"teacher {path}: is no checkpoint of tensors alone ({str(error).splitlines()[0][:200]})") from None
+    except Exception:  # whatever a damaged archive or a forbidden pickle raises, whose words advise to run what is in it
+        raise ValueError(f"teacher {path}: is no checkpoint of tensors alone, or is damaged; give the file that torch.save wrote of a "
+                         "network's state dict") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"teacher {path}: expected a state dict of a CIFAR ResNet")
