@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from odn_fast.models import teachers
-from odn_fast.models.resnet import CifarResNet
+from odn_fast.models.resnet import CifarResNet, ImageNetResNet50
 from odn_fast.models.teachers import block_names, load_teacher, teacher_of
 
 
@@ -30,6 +30,12 @@ def test_counts_are_those_of_the_papers(depth, params, flops):
     assert (teacher.params, round(teacher.flops / 1e6, 2)) == (params, pytest.approx(flops, abs=0.011))
     assert len(teacher.map_shapes) == (depth - 2) // 2
     assert teacher.map_shapes[0] == (16, 32, 32) and teacher.map_shapes[-1] == (64, 8, 8)
+
+
+def test_resnet50_by_structure():
+    teacher = teacher_of(ImageNetResNet50(), None, (3, 64, 64), "ResNet-50")
+    assert teacher.params == 25_557_032 and len(teacher.map_shapes) == 16
+    assert teacher.map_shapes[0] == (256, 16, 16) and teacher.map_shapes[-1] == (2048, 2, 2)
 
 
 def test_maps_and_logits_are_those_of_the_network_in_eval_mode():

@@ -1,4 +1,5 @@
-"""CIFAR-style ResNets (He et al., 2016): 3x3 stem of stride 1, no max-pool. Those to search in have an exit head per block."""
+"""ResNets (He et al., 2016). Those to search in are for small images (3x3 stem of stride 1, no max-pool), with an exit head per
+block; the others are teachers."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,6 +110,33 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = norm_act(self.bn1, self.conv1(x), F.relu)
         x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+class ImageNetResNet50(nn.Module):
+    """ResNet-50 for 224x224 images (table 1), its stride in the 3x3 convolution of a block. Drawn as PyTorch draws layers.
+
+    A teacher by its structure: `models.teachers.teacher_of` takes the outputs of its 16 blocks as maps.
+    """
+
+    def __init__(self, classes: int = 1000, in_channels: int = 3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        width, stages = 64, []
+        for channels, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+            whole = channels * Bottleneck.expansion
+            stages.append(nn.Sequential(Bottleneck(width, channels, stride),
+                                        *(Bottleneck(whole, channels, 1) for _ in range(blocks - 1))))
+            width = whole
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(norm_act(self.bn1, self.conv1(x), self.relu))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(x.mean((2, 3)))
 
 
