@@ -8,15 +8,13 @@ from ..engine import Training
 from ..models import StudentGraph
 from .state import training_to_dict
 
-PHASES = ("teacher", "stage", "retrain", "control", "result", "finished")
-
 
 @dataclass
 class GrowState:
     """Where a run stands. With the state `teacher`, of one that was trained, it is all that a resumed process needs.
 
     Attributes:
-        phase: one of `PHASES`.
+        phase: teacher, stage, retrain, control, result or finished.
         stages: stages that have ended in a split.
         graph: the student under training, as `StudentGraph.to_dict` gives it.
         weights: the state dict from which that training started, or None where it started from drawn weights.

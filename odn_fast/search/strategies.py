@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
-STRATEGIES = ("linear", "parallel", "bisect")
 _MOST_ON_A_GPU = 4  # more trainings at once are slower each, and take memory each
 
 
