@@ -1,6 +1,7 @@
 """Classify images with a network that a search has left: `python -m odn_fast.predict MODEL IMAGE...`."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -79,4 +80,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # behind `| head`, it ends as other tools do
     sys.exit(main())

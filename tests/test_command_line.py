@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -149,7 +150,9 @@ def test_out_that_is_not_empty_is_status_2_and_untouched(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err and (tmp_path / "mine.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), MemoryError()])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate")])
 def test_memory_that_is_used_up_is_one_line_and_status_1(monkeypatch, capsys, error):
     def full(*_):
         raise error
@@ -200,6 +203,14 @@ def test_predict_prints_class_and_probability_and_names_bad_files(run, tmp_path,
     path, name, probability = captured.out.strip().split("\t")
     assert path == image and name in describe(folder).class_names and 0 < float(probability.rstrip(" %")) <= 100
     assert captured.err.count("\n") == 1 and "text.png" in captured.err
+
+
+def test_predict_ends_quietly_where_nobody_reads_on(run, tmp_path):
+    folder, _ = run
+    image = as_image(data_sets.load("digits").test.images[0, 0], tmp_path / "digit.png")
+    piped = f'"{sys.executable}" -m odn_fast.predict "{folder}" "{image}" | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_predict_without_a_model_is_status_2(tmp_path, capsys):

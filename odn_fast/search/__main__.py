@@ -73,7 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         return _fail(display, "the GPU's memory is used up; start again with a smaller --batch-size (or fewer --workers, or a smaller "
                               "--cache-gib)", 1)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # as PyTorch says it of the processor's
+            raise
         return _fail(display, "memory is used up; take a smaller --batch-size or --image-size, then go on with --resume", 1)
     except OSError as error:
         return _fail(display, f"{error.filename or 'standard output'}: {error.strerror}; a run that had begun goes on with --resume", 1)
