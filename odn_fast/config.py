@@ -38,6 +38,16 @@ def in_percent(value: float) -> float:
     return value
 
 
+def written_as(pattern: str, meaning: str) -> AfterValidator:
+    """Refuses a text that is not wholly of this regular expression; it says what is expected instead. Raises ValueError."""
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError(f"expected {meaning}")
+        return text
+
+    return AfterValidator(check)
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, lt=2**63)]
 Percent = Annotated[float, AfterValidator(in_percent), Field(le=100, allow_inf_nan=False)]
 
@@ -147,14 +157,14 @@ class GrowConfig(_Section):
 
 
 class ViewsConfig(_Section):
-    dataset: Annotated[str, Field(pattern=r"^(analytic|views:.+)$")] = "analytic"
+    dataset: Annotated[str, written_as("analytic|views:.+", "analytic or views:FOLDER")] = "analytic"
     size: Count | None = None
     near: Positive = 2.0
     far: Positive = 6.0
 
 
 class RadianceConfig(_Section):
-    teacher: Annotated[str, Field(pattern=r"^[1-9][0-9]?x[1-9][0-9]{0,3}$")] = "4x64"
+    teacher: Annotated[str, written_as("[1-9][0-9]?x[1-9][0-9]{0,3}", "LAYERSxWIDTH, such as 4x64")] = "4x64"
     point_frequencies: Annotated[int, Field(ge=0, le=16)] = 6
     direction_frequencies: Annotated[int, Field(ge=0, le=16)] = 2
     start: Count | None = None
