@@ -274,12 +274,14 @@ def test_a_nerf_synthetic_folder_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--teacher", "64"], "growth.teacher: expected LAYERSxWIDTH, such as 4x64, got '64'"), (["--budget-share", "1.5"], "growth.budget_share"),
+    (["--teacher", "64"], "growth.teacher: expected LAYERSxWIDTH, such as 4x64, got '64'"),
+    (["--budget-share", "1.5"], "growth.budget_share"),
     (["--budget-share", "0.01"], "budget_share: 0.01 of the teacher's 24,420 parameters are too few"),
     (["--start", "65"], "start: expected at most 64"), (["--score", "s"], "growth.score"),
     (["--controls", "random,random"], "names one twice"),
     (["--views", "nowhere"], "transforms_train.json"),
-    (["--set", "data.dataset=lego"], "data.dataset: expected analytic or views:FOLDER, got 'lego'"), (["--rays", "1"], "training.rays"), (["--set", "data.near=7"], "data.near"),
+    (["--set", "data.dataset=lego"], "data.dataset: expected analytic or views:FOLDER, got 'lego'"),
+    (["--rays", "1"], "training.rays"), (["--set", "data.near=7"], "data.near"),
     (["--lr", "nan"], "training.lr"), (["--device", "cuda:77"], "not usable here")])
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
