@@ -33,8 +33,8 @@ from odn_fast.engine.step import train_step
 from odn_fast.models import FoldedNetwork, create, profile
 from odn_fast.record import RunFolder
 from odn_fast.search.display import Silent
+from odn_fast.search.expansion_state import RunState
 from odn_fast.search.recorder import Recorder
-from odn_fast.search.state import RunState
 
 BATCH, STEPS, LR = *((16, 3) if harness.QUICK else (128, 12)), 1e-4
 SHAPE = (1, 28, 28)

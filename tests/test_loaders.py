@@ -20,7 +20,7 @@ from odn_fast.engine import Interrupted
 from odn_fast.models import DepthNetwork
 from odn_fast.search import expand, grow, resume
 from odn_fast.search.__main__ import main
-from odn_fast.search.preview import depth_rows
+from odn_fast.search.expansion_preview import depth_rows
 from odn_fast.search.recorder import Recorder
 
 

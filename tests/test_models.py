@@ -9,7 +9,7 @@ from torch import nn
 import odn_fast
 from odn_fast.engine import accuracy, confusion, exit_confusions
 from odn_fast.models import DepthNetwork, FoldedNetwork, NetworkAtAllDepths, create, profile
-from odn_fast.search.phases import warm_up_momentum
+from odn_fast.search.expansion_phases import warm_up_momentum
 
 # network, input, classes, depth, parameters, state bytes, multiply-adds M, Table I "FLOPs" M (as counted)
 TABLE_1 = [

@@ -230,7 +230,7 @@ def test_it_compiles_in_one_graph():
 
 
 def test_shared_pass_with_warm_up_momentum_is_training_every_depth_on_its_own():
-    from odn_fast.search.phases import warm_up_momentum
+    from odn_fast.search.expansion_phases import warm_up_momentum
     model = small(BasicBlock)
     alone = copy.deepcopy(model)
     x, y = torch.randn(7, 2, 8, 8, dtype=torch.float64), torch.randint(0, 5, (7,))

@@ -8,14 +8,15 @@ import torch
 from test_models import tiny
 
 import odn_fast
-from odn_fast.config import ConfigError
+from odn_fast.config import ConfigError, from_values
 from odn_fast.data import Normalisation
 from odn_fast.data.dataset import measured_normalisation
 from odn_fast.engine import Interrupted, accuracy, confusion
 from odn_fast.export import ModelError
 from odn_fast.record import RunError, RunFolder
 from odn_fast.search import expand, resume
-from odn_fast.search.depths import best_depth
+from odn_fast.search.expansion import estimate
+from odn_fast.search.expansion_depths import best_depth
 from odn_fast.search.recorder import Recorder
 
 
@@ -301,3 +302,14 @@ def test_every_depth_can_be_measured_after_warm_up(tmp_path):
     expected = [accuracy(confusion(odn_fast.models.FoldedNetwork(model.at_depth(depth)), [(batch, y)], 5)) for depth in (1, 2, 3)]
     assert reached == expected
     assert "After warm-up, depths 1 to 3 were right about" in (result.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"search.epochs_cap": 5}, "estimated: warm-up 12 s, search at most 30 s over all depths, then fine-tuning until it converges"),
+    ({"search.epochs_cap": 5, "training.warm_up_epochs": 0}, "estimated: search at most 30 s over all depths, then fine-tuning"),
+    ({"search.epochs_per_depth": [3, 2], "training.warm_up_epochs": 0}, "estimated: search at most 14 s"),
+    ({}, "estimated: warm-up 12 s, a depth trains until 23 epochs bring no improvement, at least 48 s at depth 1")])
+def test_the_estimate_is_made_of_epochs(settings, words):
+    rows = [{"depth": depth, "seconds_per_epoch": 2.0 * depth} for depth in (1, 2)]
+    config = from_values({"training.warm_up_epochs": 3} | settings)
+    assert estimate(config, rows, rows).startswith(words)

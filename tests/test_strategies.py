@@ -18,13 +18,13 @@ from test_search import images, search
 
 from odn_fast.config import ConfigError, ExpandConfig, from_values, resolve
 from odn_fast.record import RunError, RunFolder
-from odn_fast.search import depths, resume
+from odn_fast.search import expansion_depths, resume
 from odn_fast.search.__main__ import _reached
 from odn_fast.search.display import Display
 from odn_fast.search.recorder import Recorder
-from odn_fast.search.strategies import (
+from odn_fast.search.expansion_strategies import (
     bisect, chosen, found, in_order, in_words, longest, none_of, share_out, trained_by_bisection)
-from odn_fast.search.workers import Crew, Pause
+from odn_fast.search.expansion_workers import Crew, Pause
 
 RANGES = [(first, first + length - 1) for first in (1, 3) for length in range(1, 9)]
 
@@ -298,7 +298,7 @@ def test_a_depth_that_passes_cancels_deeper_ones(tmp_path, monkeypatch):
 
 def test_deeper_depths_that_had_ended_before_are_kept(tmp_path, monkeypatch):
     finished = threading.Event()
-    step, conclude = Recorder.step, depths._finished
+    step, conclude = Recorder.step, expansion_depths._finished
 
     def wait(recorder, model, optimizer, training):
         if recorder._state.phase == "search" and recorder._state.depth < 3:
@@ -316,7 +316,7 @@ def test_deeper_depths_that_had_ended_before_are_kept(tmp_path, monkeypatch):
         return entry
 
     monkeypatch.setattr(Recorder, "step", wait)
-    monkeypatch.setattr(depths, "_finished", tell)
+    monkeypatch.setattr(expansion_depths, "_finished", tell)
     result = search(tmp_path, strategy="parallel", workers=3, target=60, lr=0.1, warm_up_epochs=2)
     assert result.depth == 1 and [row["outcome"] for row in result.depths][2] == "passed"
     assert (result.folder / "depths" / "depth-03" / "model.safetensors").is_file()

@@ -1,7 +1,7 @@
 """When a training ends, and its learning rate on the way (Optimally Deep Networks, Algorithm 1)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from torch import Tensor
@@ -37,6 +37,10 @@ class Training:
     diverged: bool = False
     seconds: float = 0.0
     first_step_seconds: float | None = None
+
+    def to_dict(self) -> dict:
+        """The arguments that make this training again; tensors are not copied."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
 
 class StoppingRule(Protocol):

@@ -1,9 +1,8 @@
 """The searches.
 
-    expand       the smallest depth of a network that meets a target accuracy: expansion, phases, depths, strategies, workers,
-                 preview, state
-    grow         a teacher's student, grown until it fills a budget: growth and growth_*
-    grow_views   a radiance field, grown likewise: radiance_*
+    expansion*            expand: the smallest depth of a network that meets a target accuracy
+    growth*               grow: a teacher's student, grown until it fills a budget
+    radiance*             grow_views: a radiance field, grown likewise
 
 What they share: lifecycle, training, recorder, setup, display, options and resuming.
 """

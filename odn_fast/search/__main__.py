@@ -13,11 +13,11 @@ from ..engine import Interrupted
 from ..record import FolderError, RunError
 from .display import Display
 from .expansion import Result, resume_expansion, run_expansion
+from .expansion_strategies import none_of
 from .growth import GrowResult, resume_growth, run_growth
 from .lifecycle import kind_of
 from .options import EXPAND, GROW, GROW_VIEWS, add_options, given_settings
 from .radiance_growth import ViewsResult, resume_views_growth, run_views_growth
-from .strategies import none_of
 
 _STATUS = """exit status: 0 the run ended{}; 1 the run could not go on, it can be
 resumed; 2 something asked for cannot be; 130 or 143 stopped by Ctrl-C or SIGTERM, state saved.

@@ -19,16 +19,16 @@ from ..data import DataSet
 from ..engine import check_device
 from ..models import DepthNetwork
 from ..record import RunFolder
-from .depths import search_depths
 from .display import Display, Silent
+from .expansion_depths import search_depths
+from .expansion_phases import Search, baseline, fine_tune, last_depth, warm_up
+from .expansion_preview import depth_rows
+from .expansion_state import RunState
+from .expansion_strategies import in_words, longest, share_out
 from .lifecycle import (
     Session, announce, announce_resumption, at_hand, at_work, checksum_of, described, duration, from_settings, given_data, go_through,
     new_folder, record_start, reopened, with_loader, with_threads)
-from .phases import Search, baseline, fine_tune, last_depth, warm_up
-from .preview import depth_rows
 from .setup import check_depths, create_model, default_folder, load_data
-from .state import RunState
-from .strategies import in_words, longest, share_out
 
 
 @dataclass(frozen=True)
@@ -170,21 +170,22 @@ def _announce(search: Search, session: Session, resumed: bool):
                       config.run.device)
     search.folder.event("table", rows=rows)
     search.display.depths(rows)
-    say(_estimate(config, rows, rows[config.search.initial_depth - 1:search.last_depth]))
+    say(estimate(config, rows, rows[config.search.initial_depth - 1:search.last_depth]))
 
 
-def _estimate(config: ExpandConfig, rows: list[dict], depths: list[dict]) -> str:
+def estimate(config: ExpandConfig, rows: list[dict], depths: list[dict]) -> str:
     """How long the search may take, from the estimated time of an epoch at every depth."""
     seconds = {row["depth"]: row["seconds_per_epoch"] for row in depths}
     most = partial(longest, config.search.strategy, workers=config.search.workers or 1)
-    warm_up = f"estimated: warm-up {duration(config.training.warm_up_epochs * rows[-1]['seconds_per_epoch'])}"
+    epochs = config.training.warm_up_epochs
+    begin = f"estimated: warm-up {duration(epochs * rows[-1]['seconds_per_epoch'])}, " if epochs else "estimated: "
     if config.search.epochs_per_depth:
         given = dict(zip(seconds, config.search.epochs_per_depth))
-        return f"{warm_up}, search at most {duration(most({depth: given[depth] * seconds[depth] for depth in given}))}"
+        return f"{begin}search at most {duration(most({depth: given[depth] * seconds[depth] for depth in given}))}"
     if config.search.epochs_cap:
         whole = duration(config.search.epochs_cap * most(seconds))
-        return f"{warm_up}, search at most {whole} over all depths, then fine-tuning until it converges"
-    return (f"{warm_up}; a depth trains until 23 epochs bring no improvement, at least {duration(24 * seconds[depths[0]['depth']])} "
+        return f"{begin}search at most {whole} over all depths, then fine-tuning until it converges"
+    return (f"{begin}a depth trains until 23 epochs bring no improvement, at least {duration(24 * seconds[depths[0]['depth']])} "
             f"at depth {depths[0]['depth']}")
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from ..engine import Training
 from ..models import StudentGraph
-from .state import training_to_dict
 
 
 @dataclass
@@ -78,7 +77,7 @@ class GrowState:
 
     def to_dict(self) -> dict:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        values["training"] = training_to_dict(self.training) if self.training else None
+        values["training"] = self.training.to_dict() if self.training else None
         return values
 
     @classmethod

@@ -1,6 +1,6 @@
 """The phases around a depth search (warm-up, fine-tuning, baseline), and what training at a depth takes and leaves.
 
-The search itself is in depths.py.
+The search itself is in expansion_depths.py.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from ..machine import environment
 from ..models import DepthNetwork, FoldedNetwork, NetworkAtAllDepths
 from ..record import RunError, RunFolder
 from .display import Display, Silent
+from .expansion_state import RunState
 from .lifecycle import conclude
 from .recorder import Recorder
-from .state import RunState
 from .training import Plan, best_so_far, confusion_of, split_batches, train
 
 _SIZE = ("params", "state_bytes", "macs")

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..engine import Convergence, Interrupted
 from ..record import RunError
-from .phases import Search, depth_lr, prepared_training, record_end, save_network, train_depth
-from .state import RunState
-from .strategies import chosen, found, in_order, none_of
-from .workers import Cancelled, Crew
+from .expansion_phases import Search, depth_lr, prepared_training, record_end, save_network, train_depth
+from .expansion_state import RunState
+from .expansion_strategies import chosen, found, in_order, none_of
+from .expansion_workers import Cancelled, Crew
 
 _WORDS = {"passed": "passes", "converged": "has converged", "cap": "stopped at the cap", "epochs": "has had its epochs",
           "diverged": "diverged (the loss is not finite any more)", "cancelled": "is given up (a shallower one has passed)"}

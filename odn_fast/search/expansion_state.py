@@ -55,7 +55,7 @@ class RunState:
     @property
     def stored(self) -> dict[str, Any]:
         """The training of the present depth, to go on from."""
-        return {"training": training_to_dict(self.training), "model": self.model, "optimizer": self.optimizer}
+        return {"training": self.training.to_dict(), "model": self.model, "optimizer": self.optimizer}
 
     @property
     def ended(self) -> dict[int, bool]:
@@ -70,14 +70,10 @@ class RunState:
 
     def to_dict(self) -> dict:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        values["training"] = training_to_dict(self.training) if self.training else None
+        values["training"] = self.training.to_dict() if self.training else None
         return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "RunState":
         training = values["training"]
         return cls(**{**values, "training": Training(**training) if training else None})
-
-
-def training_to_dict(training: Training) -> dict:
-    return {entry.name: getattr(training, entry.name) for entry in fields(training)}
