@@ -140,7 +140,12 @@ def device_name(device: torch.device) -> str:
 
 def is_hopper(tensor: Tensor) -> bool:
     """Whether the tensor's device is of compute capability 9.0, whose compiled kernels leave room for larger blocks."""
-    return (_capability(tensor.device.index) if tensor.device.type == "cuda" else _compiled_for) == HOPPER
+    return capability(tensor) == HOPPER
+
+
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the tensor's device, or of the one that is compiled for: 80, 90, ..."""
+    return _capability(tensor.device.index) if tensor.device.type == "cuda" else _compiled_for
 
 
 @functools.cache

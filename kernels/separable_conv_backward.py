@@ -16,7 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import cdiv, counter, dense, dot_dtype, is_hopper, is_last, jit, launch, processors, relu, rounded
+from ._common import (
+    HOPPER,
+    capability,
+    cdiv,
+    counter,
+    dense,
+    dot_dtype,
+    is_hopper,
+    is_last,
+    jit,
+    launch,
+    processors,
+    relu,
+    rounded,
+)
 from ._tuned import blocks
 from .separable_conv import (
     NO_NORM,
@@ -323,8 +337,10 @@ def separable_conv_train_backward(
 def _pointwise_default(same: tuple[int, ...], x: Tensor) -> dict[str, int]:
     largest = max(padded(same[0], 64), padded(same[1], 64))
     tile, warps = {16: (64, 4), 32: (64, 8), 64: (32, 8)}[largest]
-    if not is_hopper(x) and (largest < 64 or x.dtype == torch.bfloat16):
-        tile //= 2
+    if not is_hopper(x):  # what ptxas spills there with the larger tile
+        narrow = x.dtype == torch.bfloat16
+        halved = {16: True, 32: not narrow or capability(x) > HOPPER, 64: narrow}[largest]
+        tile //= 2 if halved else 1
     most = 64 if x.dtype == torch.float32 else 256  # outputs, of which a block holds all
     return {"BM": tile if same[1] <= most else 16, "num_warps": warps, "waves": 8 // warps}
 
