@@ -15,7 +15,7 @@ from odn_fast.record import RunFolder
 ARGUMENTS = ["--limit-train", "200", "--batch-size", "20", "--warm-up-epochs", "1", "--max-depth", "2",
              "--target-accuracy", "99.9", "--tolerance", "0", "--threads", "1", "--seed", "3"]
 EXACT = ["--epochs-per-depth", "4,3"]  # no fine-tuning
-CAPPED = ["--epochs-cap", "2", "--limit-train", "100"]  # with fine-tuning, on fewer images
+CAPPED = ["--epochs-cap", "2", "--limit-train", "100", "--batch-size", "5"]  # with fine-tuning, on fewer images, in as many steps
 OFTEN = ["--checkpoint-minutes", "0.0005"]  # every 30 ms: kills fall between steps of an epoch, too
 
 
@@ -56,6 +56,7 @@ def wait_for_step(child, run):
     while child.poll() is None and written < 2:
         before, (newest, size) = (newest, size), seen()
         written = 0 if size != before[1] else written + (newest != before[0])
+        time.sleep(0.002)
 
 
 def wait_for_resume(child, run, resumed_at):
