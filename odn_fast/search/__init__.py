@@ -4,7 +4,7 @@
     growth*               grow: a teacher's student, grown until it fills a budget
     radiance*             grow_views: a radiance field, grown likewise
 
-What they share: lifecycle, training, recorder, setup, display, options and resuming.
+What they share: lifecycle, training, recorder, state, setup, display, options and resuming.
 """
 
 from .expansion import Result, expand

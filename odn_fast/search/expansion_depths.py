@@ -78,7 +78,7 @@ def _at_once(search: Search):
         search.recorder.checkpoint()
         raise Interrupted(interrupts.pending)
     for depth in sorted(state.under_way):  # of another process, which had no time to give them up
-        view = dataclasses.replace(search, state=RunState("search", depth))
+        view = dataclasses.replace(search, state=RunState("search", depth=depth))
         view.state.go_on_from(state.under_way[depth])
         _give_up(search, view)
 

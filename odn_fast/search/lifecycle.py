@@ -18,8 +18,9 @@ from ..engine import FitConfig, Interrupted, Interrupts, Training, check_device,
 from ..machine import environment
 from ..record import RunFolder
 from .display import Display, Silent
-from .recorder import Recorder, State
+from .recorder import Recorder
 from .setup import check_apart, load_data, run_environment
+from .state import State
 
 # Settings that a resumed run may be given anew: files may have moved (their checksum is compared), and more damaged pictures may
 # turn up than were allowed for (the others that stand in for them do not depend on the limit).

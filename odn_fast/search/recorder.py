@@ -4,7 +4,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn, optim
 
@@ -12,22 +12,7 @@ from ..data import Source
 from ..engine import Convergence, Interrupted, Interrupts, StoppingRule, Training
 from ..record import RunFolder
 from .display import Display, Silent
-
-
-class State(Protocol):
-    """What is stored of a run: where it stands, the training under way, and the state dicts that this goes on from."""
-
-    phase: str
-    model: dict[str, Any] | None
-    optimizer: dict[str, Any] | None
-    training: Training | None
-    seconds: float
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """Phase, and depth or stage, as events name them."""
-
-    def to_dict(self) -> dict: ...
+from .state import State
 
 
 class Recorder:

@@ -9,7 +9,8 @@ from torch import Tensor, nn, optim
 
 from ..data import DataSet, Source, Split, evaluation_batches
 from ..engine import FitConfig, FitData, Loss, StoppingRule, Training, confusion, fit, load_optimizer
-from .recorder import Recorder, State
+from .recorder import Recorder
+from .state import State
 
 _EVALUATION_BATCH = {"cpu": 512, "cuda": 4096}  # what fits a processor's caches; what fills a GPU
 
