@@ -23,7 +23,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _WARM_UP = 3  # steps before a capture: kernels are chosen and compiled, libraries allocate
 _capturing = threading.Lock()  # CUDA captures one graph at a time
-_graphs = threading.Lock()  # before PyTorch 2.13, a graph that draws random numbers must not be replayed while one is captured
+_replaying = threading.Lock()  # before PyTorch 2.13, a graph that draws random numbers must not be replayed while one is captured
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class CapturedStep(TrainStep):
             self._graphs[shapes] = self._captured(inputs, training)
         graph, given, images = self._graphs[shapes]
         torch._foreach_copy_(list(given), list(inputs))
-        with _graphs:
+        with _replaying:
             graph.replay()
         training.loss_sum, training.correct = self._sums
         training.images += images
@@ -124,7 +124,7 @@ class CapturedStep(TrainStep):
             self.optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
             try:
-                with (_graphs, collecting_no_garbage(),
+                with (_replaying, collecting_no_garbage(),
                       torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")):
                     total, correct, images = self.run(*given)
                     torch._foreach_add_(list(self._sums), [total, correct])
