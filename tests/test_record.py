@@ -27,6 +27,14 @@ def reopened(run):
     return RunFolder.open(run.path)
 
 
+def failing(number):
+    """A system call that fails with this error number."""
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def test_checkpoints_come_back_and_two_are_kept(run):
     for step in range(4):
         run.save_checkpoint({"step": step, "weights": torch.full((3,), float(step))})
@@ -120,10 +128,7 @@ def test_second_process_is_kept_out(run):
 
 
 def test_a_file_system_without_locks_is_named_as_such(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     with pytest.raises(FolderError, match="cannot be locked .No locks available.; name a folder on another file system"):
         RunFolder.create(tmp_path / "run", "")
 
@@ -151,10 +156,7 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 
 def test_full_disk_at_the_start_leaves_no_folder(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", failing(errno.ENOSPC))
     with pytest.raises(FolderError, match="cannot be written .No space left on device.; name a folder with room"):
         RunFolder.create(tmp_path / "run", "model: resnet18")
     assert not list(tmp_path.iterdir())
@@ -170,11 +172,8 @@ def test_full_disk_leaves_the_last_checkpoint(run, monkeypatch, noticed):
     run.save_checkpoint({"step": 1})
     run.settle()
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
+        patch.setattr(os, "replace", failing(errno.ENOSPC))
         run.save_checkpoint({"step": 2})
         with pytest.raises(RunError, match="No space left.*free space, then go on with --resume"):
             getattr(run, noticed)(*[{"step": 3}] * (noticed == "save_checkpoint"))
